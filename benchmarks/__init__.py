@@ -1,0 +1,1 @@
+"""Speed beside the peer, in the same run: ``python -m benchmarks [NAME ...]`` (``make bench``)."""

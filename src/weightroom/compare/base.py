@@ -1,0 +1,110 @@
+"""What the families share: the method that joins a comparison, and training by a task's recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from weightroom import metrics, train
+from weightroom.study import Task, Trial
+
+__all__ = ["Family", "Method", "Options", "measure", "train_by_recipe"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make one method with given hyper-parameters; what ``make`` takes and returns is its family's matter.
+
+    Args:
+        make: the family's function, see ``weightroom.compare.<family>``.
+        defaults: hyper-parameters of the common setting, passed to ``make`` by name.
+        space: hyper-parameter -> choices for ``--tune`` (see ``weightroom.study.Arm``).
+        cites: BibTeX of what a library brings; a paper of our own is cited by itself.
+    """
+
+    make: Callable[..., Any]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    space: Mapping[str, Any] = field(default_factory=dict)
+    cites: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user of a comparison may choose beside the task."""
+
+    sparsity: Sequence[float] = ()
+    epochs: int | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of comparison.
+
+    Args:
+        name: on the command line.
+        summary: one sentence: what is compared, and what the user brings.
+        baselines: arms that come from libraries, or that are part of any such comparison.
+        baseline: the arm that the others are compared with.
+        arms: ``(task, methods, options) -> (arms, settings)``.
+        costs: the costs worth showing in the terminal's table.
+        metrics: metrics beyond the task's own -> direction.
+    """
+
+    name: str
+    summary: str
+    baselines: Mapping[str, Method]
+    baseline: str
+    arms: Callable[[Task, Mapping[str, Method], Options], tuple[Mapping[str, Any], Mapping[str, Any]]]
+    costs: tuple[str, ...] = ("train_seconds", "parameters", "latency", "peak_memory")
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+def train_by_recipe(
+    task: Task,
+    trial: Trial,
+    model: nn.Module,
+    *,
+    optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    epochs: int | None = None,
+    lr: float | None = None,
+    log: bool = True,
+) -> train.Fit:
+    """Trains ``model`` on a task as its recipe says, except for what is given; counts the cost and logs the loss to the trial.
+
+    Args:
+        task: gives data, loss and recipe.
+        trial: gives seed, device and scale ("smoke" trains two epochs at the most).
+        model: trained in place.
+        optimizer: makes another optimizer than the recipe's.
+        loss: another loss than the task's.
+        epochs: another number than the recipe's.
+        lr: another learning rate than the recipe's.
+        log: record the curve of the training loss.
+    """
+    recipe = task.recipe
+    epochs = recipe.epochs if epochs is None else epochs
+    chosen = recipe if lr is None else type(recipe)(**{**vars(recipe), "lr": lr})
+    done = train.fit(
+        model, task.train, loss=task.loss if loss is None else loss, optimizer=chosen.make if optimizer is None else optimizer,
+        epochs=trial.scale.pick(min(2, epochs), epochs, epochs), batch_size=recipe.batch_size, schedule=recipe.schedule,
+        seed=trial.seed, device=trial.device, after_epoch=(lambda epoch, value: trial.log(epoch, loss=value)) if log else None,
+    )  # fmt: skip
+    trial.spend(train_seconds=done.seconds, steps=done.steps, forwards=done.forwards, backwards=done.backwards)
+    return done
+
+
+def measure(task: Task, trial: Trial, model: nn.Module) -> dict[str, float]:
+    """Returns the task's metrics on the trial's split; counts parameters, FLOPs and latency (a batch of 64) as costs."""
+    device = metrics.device_of(model)
+    dataset: Any = task.test
+    inputs = torch.stack([torch.as_tensor(dataset[i][0]) for i in range(min(64, len(dataset)))]).to(device)
+    trial.spend(
+        parameters=metrics.nonzero_parameters(model), flops=2 * metrics.macs(model, inputs[:1]), latency=metrics.latency(model, inputs)
+    )  # fmt: skip
+    return task.evaluate(model, trial.split)

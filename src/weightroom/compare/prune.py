@@ -1,0 +1,123 @@
+"""Pruning: one trained model per seed, each arm removes the same share of its weights, all are fine-tuned alike.
+
+A method is ``make(sparsity, **hyper) -> pruner`` with ``fit(model, data, example_inputs, loss_fn) -> PruningPlan``. Its ``start``
+says what is pruned: the trained model (then fine-tuned), or the model at initialisation (then trained in full).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from weightroom import prune
+from weightroom.compare.base import Family, Method, Options, measure, train_by_recipe
+from weightroom.errors import UsageError
+from weightroom.study import Arm, Task, Trial
+from weightroom.train import Batches
+
+__all__ = ["FAMILY", "PruneMethod"]
+
+#: Share of the recipe's epochs that fine-tuning takes.
+FINE_TUNE = 0.4
+SPARSITY = (0.5, 0.8, 0.9, 0.95, 0.98)
+
+
+@dataclass(frozen=True)
+class PruneMethod(Method):
+    """A pruning method and what it starts from: the trained weights or the initial ones."""
+
+    start: Literal["trained", "initial"] = "trained"
+
+
+def _bib(key: str, title: str, authors: str, year: int, venue: str) -> tuple[str]:
+    return (f"@inproceedings{{{key},\n  title = {{{title}}},\n  author = {{{authors}}},\n  year = {{{year}}},\n  booktitle = {{{venue}}}\n}}",)
+
+
+BASELINES = {
+    "dense": PruneMethod(lambda sparsity: None),
+    "global magnitude": PruneMethod(prune.GlobalMagnitudePruner, cites=_bib(
+        "han2015learning", "Learning both Weights and Connections for Efficient Neural Networks",
+        "Song Han and Jeff Pool and John Tran and William J. Dally", 2015, "NeurIPS")),
+    "LAMP": PruneMethod(prune.LAMPPruner, cites=_bib(
+        "lee2021layer", "Layer-adaptive Sparsity for the Magnitude-based Pruning",
+        "Jaeho Lee and Sejun Park and Sangwoo Mo and Sungsoo Ahn and Jinwoo Shin", 2021, "ICLR")),
+    "ERK": PruneMethod(prune.ERKPruner, cites=_bib(
+        "evci2020rigging", "Rigging the Lottery: Making All Tickets Winners",
+        "Utku Evci and Trevor Gale and Jacob Menick and Pablo Samuel Castro and Erich Elsen", 2020, "ICML")),
+    "uniform": PruneMethod(prune.UniformMagnitudePruner),
+    "SNIP": PruneMethod(prune.SNIPPruner, start="initial", cites=_bib(
+        "lee2019snip", "SNIP: Single-shot Network Pruning based on Connection Sensitivity",
+        "Namhoon Lee and Thalaiyasingam Ajanthan and Philip H. S. Torr", 2019, "ICLR")),
+    "random": PruneMethod(lambda sparsity: prune.RandomPruner(sparsity, seed=0)),
+    "random, retrained": PruneMethod(lambda sparsity: prune.RandomPruner(sparsity, seed=0), start="initial"),
+}  # fmt: skip
+
+
+def _arm(task: Task, method: Method, options: Options) -> Arm:
+    start = getattr(method, "start", "trained")
+
+    def run(trial: Trial) -> dict[str, float]:
+        model = task.model(seed=trial.seed).to(trial.device)
+        if start == "trained":
+            model.load_state_dict(_trained(task, trial, model, options))
+        pruner = method.make(trial.setting, **trial.params)
+        if pruner is not None:
+            batches = _Batches(task, trial)
+            inputs = next(iter(batches))[0][:1]
+            plan = pruner.fit(model, batches, example_inputs=inputs, loss_fn=task.loss)
+            plan.apply(model, mode="mask")
+        train_by_recipe(task, trial, model, epochs=_epochs(task, options, start))
+        trial.spend(trainings=1.0)
+        return {**measure(task, trial, model), "sparsity": 0.0 if pruner is None else plan.sparsity()}
+
+    return Arm(run, method.defaults, method.space, method.cites)
+
+
+class _Batches:
+    """The training data on the trial's device, as often as a pruner asks."""
+
+    def __init__(self, task: Task, trial: Trial) -> None:
+        self.task, self.trial = task, trial
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for batch in Batches(self.task.train, self.task.recipe.batch_size, seed=self.trial.seed):
+            yield tuple(x.to(self.trial.device) for x in batch)
+
+
+def _trained(task: Task, trial: Trial, model: nn.Module, options: Options) -> dict[str, Tensor]:
+    if isinstance(task.model.source, nn.Module):
+        return model.state_dict()
+
+    def make() -> dict[str, Tensor]:
+        dense = copy.deepcopy(model)
+        train_by_recipe(task, Trial(trial.seed, trial.scale, device=trial.device), dense, epochs=options.epochs, log=False)
+        return dense.state_dict()
+
+    return trial.cached("dense", make, task=task, seed=trial.seed, scale=trial.scale.value, device=trial.device, epochs=options.epochs)
+
+
+def _epochs(task: Task, options: Options, start: str) -> int:
+    full = task.recipe.epochs if options.epochs is None else options.epochs
+    tuning = max(1, round(FINE_TUNE * full))
+    return tuning if start == "trained" else full + tuning
+
+
+def arms(task: Task, methods: Mapping[str, Method], options: Options) -> tuple[dict[str, Arm], dict[str, Any]]:
+    """Returns an arm per method, under a setting per sparsity."""
+    points = tuple(options.sparsity) or SPARSITY
+    for sparsity in points:
+        if not 0 <= sparsity < 1:
+            raise UsageError(f"sparsity must be in [0, 1), got {sparsity:g}: it is the share of weights that is removed")
+    if len(set(points)) != len(points):
+        raise UsageError(f"every sparsity may be given once, got {', '.join(f'{s:g}' for s in points)}")
+    return {name: _arm(task, method, options) for name, method in methods.items()}, {f"{s:g}": float(s) for s in points}
+
+
+FAMILY = Family(
+    "prune", "pruning methods on one trained model per seed; bring a model and data", BASELINES, "dense", arms,
+    costs=("train_seconds", "parameters", "flops", "latency", "peak_memory"), metrics={"sparsity": "max"},
+)  # fmt: skip

@@ -1,0 +1,55 @@
+"""What can go wrong on the user's side, said in a line or two.
+
+Every error here is meant to be read by a person: it names what was given, what is accepted and what to do. The command
+line prints the message alone; the traceback appears only with ``--debug``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["MissingExtraError", "StoreError", "TaskError", "UsageError", "WeightroomError", "unknown"]
+
+
+class WeightroomError(Exception):
+    """Base of the errors that weightroom raises for its user."""
+
+
+class UsageError(WeightroomError, ValueError):
+    """An argument is wrong: out of range, unknown, or in conflict with another."""
+
+
+class TaskError(WeightroomError):
+    """A task cannot be loaded or does not fit together (model, data, loss, metrics)."""
+
+
+class StoreError(WeightroomError):
+    """The store of trials cannot be opened, read or written."""
+
+
+class MissingExtraError(WeightroomError, ImportError):
+    """A part needs a package that an extra brings.
+
+    Args:
+        package: the package that is missing.
+        extra: the extra of weightroom that installs it.
+        what: what needs it.
+    """
+
+    def __init__(self, package: str, extra: str, what: str) -> None:
+        super().__init__(f"{what} needs {package}: pip install 'weightroom[{extra}]'")
+
+
+def unknown(kind: str, given: str, accepted: Iterable[str]) -> UsageError:
+    """Returns the error for a name that does not exist, with the nearest that does.
+
+    Args:
+        kind: what the name stands for ("arm", "metric", ...).
+        given: the name that was given.
+        accepted: every name that would have been accepted.
+    """
+    names = sorted(accepted)
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UsageError(f"unknown {kind} {given!r}: {hint}accepted: {', '.join(names) or 'none'}")

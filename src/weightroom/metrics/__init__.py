@@ -1,0 +1,24 @@
+"""Metrics and costs: what a model is worth on a data set, and what it needs."""
+
+from weightroom.metrics.basic import accuracy, balanced_accuracy, mae, minimised, mse, nll, r2, resolve, top5
+from weightroom.metrics.cost import latency, macs, nonzero_parameters
+from weightroom.metrics.evaluate import check_device, check_fit, device_of, predict
+
+__all__ = [
+    "accuracy",
+    "balanced_accuracy",
+    "check_device",
+    "check_fit",
+    "device_of",
+    "latency",
+    "macs",
+    "mae",
+    "minimised",
+    "mse",
+    "nll",
+    "nonzero_parameters",
+    "predict",
+    "r2",
+    "resolve",
+    "top5",
+]

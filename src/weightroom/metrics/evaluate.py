@@ -1,0 +1,123 @@
+"""Asking a model about a data set, and whether a model, its data, loss and metrics fit together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sized
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from weightroom.data import gather
+from weightroom.errors import TaskError, UsageError
+
+__all__ = ["check_device", "check_fit", "device_of", "predict"]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer; the CPU for a model without any."""
+    tensor = next(iter(model.parameters()), None)
+    if tensor is None:
+        tensor = next(iter(model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def check_device(name: str) -> str:
+    """Returns the torch device name for "cpu", "cuda", "cuda:1", "mps" or "auto" (the best there is).
+
+    Raises:
+        UsageError: the device is not there.
+    """
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] + ["mps"] * torch.backends.mps.is_available()
+    if name == "auto":
+        return "cuda" if torch.cuda.device_count() else there[-1]
+    if name not in (*there, *["cuda"] * bool(torch.cuda.device_count())):
+        raise UsageError(f"device {name!r} is not there: this machine has {', '.join(there)}")
+    return name
+
+
+@torch.no_grad()
+def predict(model: nn.Module, dataset: Dataset, *, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+    """Returns the model's outputs and the targets for a whole data set, in its order, on the model's device.
+
+    The model is put in eval mode for the call; every module's mode is then as it was.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    device = device_of(model)
+    model.eval()
+    try:
+        outputs, targets = [], []
+        for indices in torch.arange(len(cast(Sized, dataset))).split(batch_size):
+            inputs, target, *_ = gather(dataset, indices)
+            outputs.append(model(inputs.to(device)))
+            targets.append(target.to(device))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return torch.cat(outputs), torch.cat(targets)
+
+
+def check_fit(
+    model: nn.Module,
+    dataset: Dataset,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Any]],
+    *,
+    batch_size: int = 8,
+    device: str = "cpu",
+) -> None:
+    """Runs a batch through model, loss and metrics.
+
+    Raises:
+        TaskError: says which of them does not fit, with the shapes that were seen.
+    """
+    count = min(batch_size, len(cast(Sized, dataset)))
+    fields = _try("the data set cannot be read: train[0]", lambda: gather(dataset, torch.arange(count)))
+    if len(fields) < 2:
+        raise TaskError(f"a sample of train must be a pair (input, target), got {len(fields)} field")
+    model.to(device)
+    inputs, target = fields[0].to(device), fields[1].to(device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        outputs = _try(f"the model cannot take an input of shape {tuple(inputs.shape)} and {inputs.dtype}", lambda: model(inputs))
+    model.train(training)
+    if not isinstance(outputs, Tensor):
+        raise TaskError(f"the model must return one tensor, got {type(outputs).__name__}")
+    seen = f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(target.shape)}, {target.dtype}"
+    if outputs.shape[0] != count:
+        raise TaskError(f"the model's output has the wrong shape: for {count} samples it has {outputs.shape[0]} rows; {seen}")
+    if _is_labels(target) and isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and outputs.ndim == target.ndim + 1:
+        _check_labels(dataset, outputs.shape[1], loss.ignore_index)
+    value = _try(f"the loss does not fit the model's output: {seen}", lambda: loss(outputs, target))
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        raise TaskError(f"the loss must return a scalar tensor, got {getattr(value, 'shape', type(value).__name__)}")
+    if not math.isfinite(float(value)):
+        raise TaskError(f"the loss of the untrained model is {float(value)}; {seen}")
+    for name, metric in metrics.items():
+        _try(f"metric {name!r} does not fit the model's output: {seen}", lambda metric=metric: float(metric(outputs, target)))
+
+
+def _check_labels(dataset: Dataset, classes: int, ignore: int) -> None:
+    labels = torch.cat([gather(dataset, i)[1].flatten() for i in torch.arange(len(cast(Sized, dataset))).split(1024)])
+    labels = labels[labels != ignore]
+    if len(labels) and (labels.min() < 0 or labels.max() >= classes):
+        raise TaskError(
+            f"labels out of range: train has labels from {int(labels.min())} to {int(labels.max())}, "
+            f"but the model has {classes} outputs, so they must lie in 0..{classes - 1}"
+        )
+
+
+def _is_labels(target: Tensor) -> bool:
+    return not target.is_floating_point() and not target.is_complex()
+
+
+def _try(what: str, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(f"{what} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})") from error
