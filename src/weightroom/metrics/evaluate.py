@@ -74,9 +74,10 @@ def check_fit(
         TaskError: says which of them does not fit, with the shapes that were seen.
     """
     count = min(batch_size, len(cast(Sized, dataset)))
-    fields = _try("the data set cannot be read: train[0]", lambda: gather(dataset, torch.arange(count)))
-    if len(fields) < 2:
-        raise TaskError(f"a sample of train must be a pair (input, target), got {len(fields)} field")
+    sample = _try("the data set cannot be read: train[0]", lambda: cast(Any, dataset)[0])
+    if not isinstance(sample, tuple | list) or len(sample) < 2:
+        raise TaskError(f"a sample of train must be a pair (input, target), got {type(sample).__name__}")
+    fields = _try("the samples of train cannot be stacked", lambda: gather(dataset, torch.arange(count)))
     model.to(device)
     inputs, target = fields[0].to(device), fields[1].to(device)
     training = model.training

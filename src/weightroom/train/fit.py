@@ -199,7 +199,7 @@ def fit(
         mean = float(running) / seen
         if not math.isfinite(mean):
             raise DivergedError(
-                f"the training loss became {float(value):g} at step {done.steps} of {total}"
+                f"the training loss became {float(value.detach()):g} at step {done.steps} of {total}"
                 if check_every == 1
                 else f"the training loss became NaN or infinite within the {check_every} steps before step {done.steps} of {total}"
             )
