@@ -25,7 +25,7 @@ _MARK = {"holds": "[green]holds[/]", "fails": "[red]fails[/]", "inconclusive": "
 
 def console() -> Console:
     """A console on stdout, wide enough for tables where it is no terminal."""
-    return Console() if sys.stdout.isatty() else Console(width=140)
+    return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def comparison(results: Results, costs: Sequence[str]) -> None:
