@@ -119,10 +119,8 @@ class Results:
             raise unknown("setting", setting, self.study.settings)
         if metric not in self.frame and metric not in {*self.study.metrics, *COSTS}:
             raise unknown("metric", metric, {*self.study.metrics, *COSTS})
-        rows = self._groups.get((variant, arm, setting))
-        if rows is None or metric not in rows:
-            return pd.Series(dtype=float)
-        return rows.loc[rows.status == "done"].set_index("seed")[metric].dropna()
+        rows = self._done.get((variant, arm, setting))
+        return pd.Series(dtype=float) if rows is None or metric not in rows else rows[metric].dropna()
 
     def table(self, setting: str | None = None, metric: str | None = None, variant: str = "common") -> pd.DataFrame:
         """The arms under one setting, best first.
@@ -180,6 +178,10 @@ class Results:
     @cached_property
     def _groups(self) -> dict[tuple[str, str, str], pd.DataFrame]:
         return {key: group for key, group in self.frame.groupby(["variant", "arm", "setting"], sort=False)}  # type: ignore[misc]
+
+    @cached_property
+    def _done(self) -> dict[tuple[str, str, str], pd.DataFrame]:
+        return {key: group.loc[group.status == "done"].set_index("seed") for key, group in self._groups.items()}
 
     def _columns(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         columns = dict.fromkeys(column for row in rows for column in row if column not in self.study.metrics and column not in COSTS)
