@@ -22,9 +22,20 @@ def main(names: list[str]) -> int:
     files = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name.startswith("bench_"))
     chosen = [f for f in files if not names or any(n in f for n in names)]
     if not chosen:
-        print(f"no benchmark is called like {names}: there are {', '.join(f.removeprefix('bench_') for f in files)}", file=sys.stderr)
+        print(
+            f"no benchmark is called like {names}: there are {', '.join(f.removeprefix('bench_') for f in files)}",
+            file=sys.stderr,
+        )
         return 2
-    table = Table("benchmark", "ours", "peer", "peer's name", "ratio", "target", title=f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    table = Table(
+        "benchmark",
+        "ours",
+        "peer",
+        "peer's name",
+        "ratio",
+        "target",
+        title=f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+    )
     races = []
     for file in chosen:
         for race in importlib.import_module(f"benchmarks.{file}").races():
@@ -32,11 +43,23 @@ def main(names: list[str]) -> int:
             print(f"{race.name}: {race.ratio:.2f}", file=sys.stderr)
             mark = {True: "[green]", False: "[red]", None: ""}[race.met]
             target = "" if race.target is None else f"<= {race.target:g}"
-            table.add_row(race.name, f"{race.ours_s:.4g} {race.unit}", f"{race.peer_s:.4g} {race.unit}", race.peer, f"{mark}{race.ratio:.2f}", target)
+            table.add_row(
+                race.name,
+                f"{race.ours_s:.4g} {race.unit}",
+                f"{race.peer_s:.4g} {race.unit}",
+                race.peer,
+                f"{mark}{race.ratio:.2f}",
+                target,
+            )
     Console(width=160).print(table)
     out = Path("out/bench.json")
     out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps({"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(), "races": races}, indent=1))
+    out.write_text(
+        json.dumps(
+            {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(), "races": races},
+            indent=1,
+        )
+    )
     return sum(race["met"] is False for race in races)
 
 

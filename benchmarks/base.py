@@ -46,7 +46,13 @@ def measure(call: Callable[[], object], seconds: float = 0.2) -> float:
 
 
 def race(
-    name: str, ours: Callable[[], object], peer_name: str, peer: Callable[[], object], *, target: float | None = None, rounds: int = 11
+    name: str,
+    ours: Callable[[], object],
+    peer_name: str,
+    peer: Callable[[], object],
+    *,
+    target: float | None = None,
+    rounds: int = 11,
 ) -> Race:
     """Times both in turn, ``rounds`` times, after one call of each to warm up; returns the medians."""
     ours()

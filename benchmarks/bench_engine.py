@@ -36,7 +36,13 @@ def _overhead() -> Race:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         Study("overhead", {"a": trivial}, metric="m", seeds=1000).run(folder, workers=2, progress=False)
-        return Race("engine, 1000 trivial trials on 2 workers, per trial", "a budget of 20 ms", (time.perf_counter() - start) / 1000, 0.02, 1.0)
+        return Race(
+            "engine, 1000 trivial trials on 2 workers, per trial",
+            "a budget of 20 ms",
+            (time.perf_counter() - start) / 1000,
+            0.02,
+            1.0,
+        )
 
 
 def _listing() -> Race:
@@ -85,7 +91,10 @@ def _import() -> Race:
 
     def seconds(statement: str) -> float:
         code = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
-        runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.home()) for _ in range(7)]
+        runs = [
+            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.home())
+            for _ in range(7)
+        ]
         return statistics.median(float(run.stdout) for run in runs)
 
     return Race("import weightroom", "torch's import + 0.3 s", seconds("import weightroom"), seconds("import torch") + 0.3, 1.0)

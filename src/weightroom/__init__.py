@@ -1,11 +1,11 @@
 """weightroom: published training methods as parts to use, compare and check.
 
-    import weightroom as wr
-    from weightroom.optim import LionK
+import weightroom as wr
+from weightroom.optim import LionK
 
-    results = wr.compare("prune", task="digits", sparsity=(0.8, 0.9, 0.95))
-    print(results.table())
-    wr.check("lion-k").verdicts
+results = wr.compare("prune", task="digits", sparsity=(0.8, 0.9, 0.95))
+print(results.table())
+wr.check("lion-k").verdicts
 """
 
 from typing import TYPE_CHECKING

@@ -289,7 +289,10 @@ def recorded(scale: str | Scale = "small") -> dict[str, Any]:
 
 def _methods(kind: Family, own: Mapping[str, Method]) -> dict[str, Method]:
     brought = {
-        name: replace(method, cites=(*method.cites, p)) for p in papers() if p.family == kind.name for name, method in p.methods.items()
+        name: replace(method, cites=(*method.cites, p))
+        for p in papers()
+        if p.family == kind.name
+        for name, method in p.methods.items()
     }
     return {**kind.baselines, **brought, **own}
 
@@ -305,4 +308,3 @@ def _imported(path: str) -> Any:
 def _command() -> str | None:
     program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else ""
     return shlex.join(["weightroom", *sys.argv[1:]]) if program == "weightroom" else None
-

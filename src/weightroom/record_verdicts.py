@@ -28,7 +28,7 @@ def record(keys: Sequence[str], scale: str, **how: Any) -> int:
         print(f"checking {key}", file=sys.stderr)
         done = api.check(key, scale=scale, **how)
         failed += done.failed
-        found = json.loads(path.read_text()) if path.exists() else {"scale": scale, "papers": {}}
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"scale": scale, "papers": {}}
         whole = done.as_dict()
         whole["seeds"] = sorted({trial["seed"] for trial in whole["trials"] if trial["variant"] == "common"})
         whole["n_trials"] = len(whole.pop("trials"))
@@ -46,7 +46,9 @@ def readme_table() -> str:
     lines = ["| paper | parts | claim | verdict | difference or value | n |", "| --- | --- | --- | --- | --- | --- |"]
     for paper in api.papers():
         head = f"[{paper.key}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else paper.key
-        parts = ", ".join(f"`{name.removeprefix('weightroom.')}`" for name in paper.names()[:2]) + (", ..." if len(paper.parts) > 2 else "")
+        parts = ", ".join(f"`{name.removeprefix('weightroom.')}`" for name in paper.names()[:2]) + (
+            ", ..." if len(paper.parts) > 2 else ""
+        )
         for e in found.get(paper.key, {"expectations": []})["expectations"]:
             low, high = e["interval"]
             spread = f" [{low:.3g}, {high:.3g}]" if low is not None and high is not None else ""

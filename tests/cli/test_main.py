@@ -67,7 +67,20 @@ def test_debug_shows_the_traceback(capsys):
 def test_a_users_own_task_from_a_file(capsys, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(GOOD)
-    args = ["compare", "prune", "--task", path, "--sparsity", "0.5,0.9", "--seeds", 2, "--arms", "global magnitude,random", "--store", tmp_path / "runs"]
+    args = [
+        "compare",
+        "prune",
+        "--task",
+        path,
+        "--sparsity",
+        "0.5,0.9",
+        "--seeds",
+        2,
+        "--arms",
+        "global magnitude,random",
+        "--store",
+        tmp_path / "runs",
+    ]
     report = tmp_path / "out.html"
     code, out, err = run(capsys, *args, "--json", "--report", report)
     assert code == 0, err
@@ -89,7 +102,7 @@ def test_a_users_own_task_from_a_file(capsys, tmp_path):
 def test_every_family_runs(capsys, tmp_path, family):
     path = tmp_path / "mine.py"
     path.write_text(GOOD.replace("nn.Linear(4, 3)", "nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))"))
-    code, out, err = run(capsys, "compare", family, "--task", path, "--seeds", 1, "--scale", "smoke", "--store", tmp_path, "--json")
+    code, out, _ = run(capsys, "compare", family, "--task", path, "--seeds", 1, "--scale", "smoke", "--store", tmp_path, "--json")
     found = json.loads(out)
     assert code == 0, [t["reason"] for t in found["trials"]]
     kind = api.family(family)
@@ -101,7 +114,9 @@ def test_every_family_runs(capsys, tmp_path, family):
 def test_tuning_shows_both_results(capsys, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(GOOD)
-    code, out, _ = run(capsys, "compare", "optimizer", "--task", path, "--seeds", 1, "--tune", 3, "--arms", "sgd", "--store", tmp_path, "--json")
+    code, out, _ = run(
+        capsys, "compare", "optimizer", "--task", path, "--seeds", 1, "--tune", 3, "--arms", "sgd", "--store", tmp_path, "--json"
+    )
     assert code == 0
     found = json.loads(out)
     assert {t["variant"] for t in found["tables"]} == {"common", "tuned"}
@@ -111,8 +126,11 @@ def test_tuning_shows_both_results(capsys, tmp_path):
 
 def test_failed_trials_exit_with_1(capsys, tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text(GOOD.replace("recipe={", 'metrics={"bad": bad}, recipe={') + "\ndef bad(outputs, targets):\n    return float('nan') if len(outputs) == 20 else 1.0\n")
-    code, out, err = run(capsys, "compare", "optimizer", "--task", path, "--seeds", 1, "--arms", "sgd", "--store", tmp_path)
+    path.write_text(
+        GOOD.replace("recipe={", 'metrics={"bad": bad}, recipe={')
+        + "\ndef bad(outputs, targets):\n    return float('nan') if len(outputs) == 20 else 1.0\n"
+    )
+    code, _, err = run(capsys, "compare", "optimizer", "--task", path, "--seeds", 1, "--arms", "sgd", "--store", tmp_path)
     assert code == 1
     assert "2 of 2 trials failed" in err
     assert "metric 'bad' is nan" in err
@@ -134,5 +152,7 @@ def test_papers_and_cards(capsys):
 
 def test_it_is_installed_and_says_its_version():
     program = Path(sys.executable).with_name("weightroom")
-    assert subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.startswith("weightroom, version")
+    assert subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.startswith(
+        "weightroom, version"
+    )
     assert subprocess.run([sys.executable, "-m", "weightroom", "--help"], capture_output=True, check=False).returncode == 0

@@ -17,7 +17,9 @@ def test_classification_agrees_with_scikit_learn():
     logits, y = classified()
     p = logits.double().softmax(1)
     assert metrics.accuracy(logits, y) == pytest.approx(sk.accuracy_score(y, logits.argmax(1)))
-    assert metrics.balanced_accuracy(logits, y) == pytest.approx(sk.recall_score(y, logits.argmax(1), labels=y.unique(), average="macro"))
+    assert metrics.balanced_accuracy(logits, y) == pytest.approx(
+        sk.recall_score(y, logits.argmax(1), labels=y.unique(), average="macro")
+    )
     assert metrics.nll(logits, y) == pytest.approx(sk.log_loss(y, p, labels=range(7)))
     assert metrics.top5(logits, y) == pytest.approx(sk.top_k_accuracy_score(y, p, k=5, labels=range(7)))
 

@@ -192,7 +192,11 @@ def peak(trial):
 
 
 def test_tuning_is_fair_and_never_decides(tmp_path):
-    arms = {"tuned": Arm(peak, {"x": 0.0}, {"x": [0.0, 2.0, 3.0, 5.0]}), "wide": Arm(peak, {"x": 0.0}, {"x": (0.0, 10.0)}), "fixed": Arm(peak, {"x": 1.0})}
+    arms = {
+        "tuned": Arm(peak, {"x": 0.0}, {"x": [0.0, 2.0, 3.0, 5.0]}),
+        "wide": Arm(peak, {"x": 0.0}, {"x": (0.0, 10.0)}),
+        "fixed": Arm(peak, {"x": 1.0}),
+    }
     study = Study("s", arms, metric="m", seeds=3, tune=4, expect=[Expect("tuned", tuned=True).better_than("fixed")])
     results = study.run(tmp_path, workers=2)
     assert results.parameters("tuned", "") == {"x": 3.0}
@@ -212,7 +216,9 @@ def uses_cache(trial):
 
 
 def test_arms_share_what_they_start_from(tmp_path):
-    results = Study("s", {"a": uses_cache, "b": Arm(lambda trial: uses_cache(trial))}, metric="m", seeds=3).run(tmp_path, workers=2)
+    results = Study("s", {"a": uses_cache, "b": Arm(lambda trial: uses_cache(trial))}, metric="m", seeds=3).run(
+        tmp_path, workers=2
+    )
     assert results.values("a").tolist() == results.values("b").tolist()
     assert len(list((tmp_path / "cache").glob("start-*.safetensors"))) == 3
 
@@ -230,7 +236,10 @@ def test_artifacts_have_a_folder_of_their_own(tmp_path):
 
 
 def test_stdout_is_left_to_the_driver(tmp_path):
-    code = "from tests.study.test_driver import *\n" f"Study('s', {{'a': prints}}, metric='m', seeds=2).run({str(tmp_path)!r}, workers=1)"
+    code = (
+        "from tests.study.test_driver import *\n"
+        f"Study('s', {{'a': prints}}, metric='m', seeds=2).run({str(tmp_path)!r}, workers=1)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == ""
     assert done.stderr.count("noise") == 4
@@ -261,7 +270,9 @@ def test_ray_without_ray_names_the_extra(tmp_path, monkeypatch):
 
 def test_a_real_local_ray(tmp_path):
     pytest.importorskip("ray")
-    study = Study("s", {"good": good, "raises": raises, "exits": exits, "hangs": hangs}, metric="m", metrics={"extra": "max"}, seeds=2)
+    study = Study(
+        "s", {"good": good, "raises": raises, "exits": exits, "hangs": hangs}, metric="m", metrics={"extra": "max"}, seeds=2
+    )
     results = study.run(tmp_path / "ray", engine="ray", workers=2, time_limit=5.0)
     local = Study("s", {"good": good}, metric="m", metrics={"extra": "max"}, seeds=2).run(tmp_path / "local", workers=1)
     assert results.values("good").tolist() == local.values("good").tolist()
@@ -331,14 +342,6 @@ def _rows(folder):
         return db.execute("SELECT arm, seed, status, metrics FROM trials").fetchall()
 
 
-def _alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_nothing_is_lost_and_nothing_is_done_twice(tmp_path, driver):
     moments = random.Random(0)
@@ -349,7 +352,11 @@ def test_killed_at_twenty_random_moments_nothing_is_lost_and_nothing_is_done_twi
         time.sleep(moments.uniform(0.0, 1.2))
         process.kill()
         process.wait()
-        now = {(arm, seed) for arm, seed, status, _ in _rows(tmp_path) if status == "done"} if (tmp_path / "weightroom.sqlite").exists() else set()
+        now = (
+            {(arm, seed) for arm, seed, status, _ in _rows(tmp_path) if status == "done"}
+            if (tmp_path / "weightroom.sqlite").exists()
+            else set()
+        )
         assert done <= now  # what was finished stays finished
         done = now
     last = driver(60)
@@ -381,7 +388,9 @@ def test_workers_leave_with_their_driver(tmp_path, driver):
     process.stdout.readline()
     while not (tmp_path / "ran.txt").exists():
         time.sleep(0.05)
-    workers = subprocess.run(["pgrep", "-g", str(os.getpgid(process.pid)), "-f", "forkserver"], capture_output=True, text=True, check=False).stdout
+    workers = subprocess.run(
+        ["pgrep", "-g", str(os.getpgid(process.pid)), "-f", "forkserver"], capture_output=True, text=True, check=False
+    ).stdout
     process.kill()
     process.wait()
     end = time.monotonic() + 15

@@ -33,7 +33,13 @@ def test_an_unfinished_expectation_is_refused():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda e: e.better_than("b", by=-1), lambda e: e.equal_to("b", within=0), lambda e: e.within(2, 1), lambda e: e.not_worse_than("b", by=math.nan)]
+    "make",
+    [
+        lambda e: e.better_than("b", by=-1),
+        lambda e: e.equal_to("b", within=0),
+        lambda e: e.within(2, 1),
+        lambda e: e.not_worse_than("b", by=math.nan),
+    ],
 )
 def test_margins_that_make_no_sense_are_refused(make):
     with pytest.raises(UsageError, match=r"must be"):

@@ -11,7 +11,12 @@ def test_a_small_grid_is_tried_whole():
 
 
 def test_everybody_gets_the_same_number_of_different_trials():
-    for space in ({"lr": (1e-4, 1.0, "log")}, {"lr": (0.0, 1.0)}, {"n": (1, 100, "int"), "lr": (1e-3, 1.0, "log")}, {"a": [1, 2, 3, 4, 5], "b": (0.0, 1.0)}):
+    for space in (
+        {"lr": (1e-4, 1.0, "log")},
+        {"lr": (0.0, 1.0)},
+        {"n": (1, 100, "int"), "lr": (1e-3, 1.0, "log")},
+        {"a": [1, 2, 3, 4, 5], "b": (0.0, 1.0)},
+    ):
         proposals = propose(space, {}, 5)
         assert len(proposals) == 5
         assert all(proposals.count(p) == 1 for p in proposals)

@@ -43,7 +43,9 @@ def test_a_file_with_a_function(tmp_path):
         task.check()
 
 
-@pytest.mark.parametrize("tail", ["TASK = task()\ndel task", "def other() -> wr.Task: return task_()\ntask_ = task\ndel task", "make = task\ndel task"])
+@pytest.mark.parametrize(
+    "tail", ["TASK = task()\ndel task", "def other() -> wr.Task: return task_()\ntask_ = task\ndel task", "make = task\ndel task"]
+)
 def test_whatever_the_only_candidate_is_called(tmp_path, tail):
     assert tasks.load(write(tmp_path, GOOD + tail)).name == "mine"
 
@@ -99,8 +101,14 @@ def huge(outputs, targets):
     ("change", "message"),
     [
         ({"model": lambda: nn.Linear(5, 3)}, "the model cannot take an input of shape"),
-        ({"model": lambda: nn.Linear(4, 2)}, r"labels out of range: train has labels from 0 to 2, but the model has 2 outputs, so they must lie in 0\.\.1"),
-        ({"model": lambda: nn.Sequential(nn.Linear(4, 3), nn.Flatten(0))}, "the model's output has the wrong shape: for 8 samples it has 24 rows"),
+        (
+            {"model": lambda: nn.Linear(4, 2)},
+            r"labels out of range: train has labels from 0 to 2, but the model has 2 outputs, so they must lie in 0\.\.1",
+        ),
+        (
+            {"model": lambda: nn.Sequential(nn.Linear(4, 3), nn.Flatten(0))},
+            "the model's output has the wrong shape: for 8 samples it has 24 rows",
+        ),
         ({"model": lambda: nn.LSTM(4, 3)}, "the model must return one tensor, got tuple"),
         ({"model": lambda: 3}, r"model\(\) must return an nn.Module, got int"),
         ({"loss": nn.CrossEntropyLoss(reduction="none")}, "the loss must return a scalar"),

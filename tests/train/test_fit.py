@@ -98,18 +98,40 @@ def test_closures():
 def test_schedules():
     rates = []
     opt = sgd(m.parameters()) if (m := model()) else None
-    fit(m, data(), loss=nn.MSELoss(), optimizer=opt, steps=10, schedule="cosine", after_step=lambda i: rates.append(opt.param_groups[0]["lr"]))
+    fit(
+        m,
+        data(),
+        loss=nn.MSELoss(),
+        optimizer=opt,
+        steps=10,
+        schedule="cosine",
+        after_step=lambda i: rates.append(opt.param_groups[0]["lr"]),
+    )
     assert rates[-1] == pytest.approx(0.0, abs=1e-12)
     assert rates == sorted(rates, reverse=True)
     opt = sgd(m.parameters())
-    fit(m, data(), loss=nn.MSELoss(), optimizer=opt, steps=4, schedule=lambda o, total: torch.optim.lr_scheduler.StepLR(o, total // 2))
+    fit(
+        m,
+        data(),
+        loss=nn.MSELoss(),
+        optimizer=opt,
+        steps=4,
+        schedule=lambda o, total: torch.optim.lr_scheduler.StepLR(o, total // 2),
+    )
     assert opt.param_groups[0]["lr"] == pytest.approx(0.05 * 0.01)
 
 
 def test_clipping():
     m = nn.Linear(4, 1)
     start = m.weight.detach().clone()
-    fit(m, data(), loss=lambda o, t: 1e6 * (o - t).square().mean(), optimizer=lambda p: torch.optim.SGD(p, lr=1.0), steps=1, clip_norm=0.1)
+    fit(
+        m,
+        data(),
+        loss=lambda o, t: 1e6 * (o - t).square().mean(),
+        optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        steps=1,
+        clip_norm=0.1,
+    )
     assert (m.weight - start).norm() <= 0.1 + 1e-5
 
 
@@ -138,7 +160,9 @@ def test_loaders_iterables_and_other_data_sets():
             return torch.full((4,), float(i)), torch.tensor([float(i)])
 
     for source in (Squares(), DataLoader(Squares(), batch_size=4), [(torch.ones(3, 4), torch.ones(3, 1))]):
-        assert fit(model(), source, loss=nn.MSELoss(), optimizer=sgd, epochs=1, batch_size=4).steps == (1 if isinstance(source, list) else 3)
+        assert fit(model(), source, loss=nn.MSELoss(), optimizer=sgd, epochs=1, batch_size=4).steps == (
+            1 if isinstance(source, list) else 3
+        )
     endless = ((torch.ones(3, 4), torch.ones(3, 1)) for _ in range(100))
     assert fit(model(), endless, loss=nn.MSELoss(), optimizer=sgd, steps=5).steps == 5
 

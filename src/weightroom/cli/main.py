@@ -58,7 +58,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"weightroom: {type(error).__name__}: {error} (an error of weightroom itself; --debug shows where)", file=sys.stderr)
+        print(
+            f"weightroom: {type(error).__name__}: {error} (an error of weightroom itself; --debug shows where)", file=sys.stderr
+        )
         return 70
 
 
@@ -77,7 +79,9 @@ class _Numbers(click.ParamType):
         try:
             return tuple(float(part) for part in value.split(",") if part.strip())
         except ValueError:
-            raise UsageError(f"--{param.name if param else 'value'} takes numbers with commas between them, like 0.8,0.9, got {value!r}") from None
+            raise UsageError(
+                f"--{param.name if param else 'value'} takes numbers with commas between them, like 0.8,0.9, got {value!r}"
+            ) from None
 
 
 class _Names(click.ParamType):
@@ -86,7 +90,11 @@ class _Names(click.ParamType):
     name = "names"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        return value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(";" if ";" in value else ",") if part.strip())
+        return (
+            value
+            if isinstance(value, tuple)
+            else tuple(part.strip() for part in value.split(";" if ";" in value else ",") if part.strip())
+        )
 
 
 def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -102,14 +110,18 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable o
 _STORE = click.option("--store", default="runs", show_default=True, metavar="DIR", help="Folder of the store.")
 _RUN = _options(
     click.option("--seeds", type=int, default=None, help="How many seeds decide."),
-    click.option("--tune", type=int, default=None, metavar="K", help="Trials per arm on the validation split before those that decide."),
+    click.option(
+        "--tune", type=int, default=None, metavar="K", help="Trials per arm on the validation split before those that decide."
+    ),
     click.option("--scale", default="small", show_default=True, metavar="SCALE", help="smoke, small, real or full."),
     click.option("--report", metavar="FILE.html", help="Write a self-contained report (CSV and Parquet beside it)."),
     _STORE,
     click.option("--engine", default="local", show_default=True, help="local, or ray for a cluster."),
     click.option("--workers", type=int, default=None, help="Trials at once; one per core by default."),
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps or auto."),
-    click.option("--time-limit", type=float, default=None, metavar="SECONDS", help="A trial that takes longer is recorded as failed."),
+    click.option(
+        "--time-limit", type=float, default=None, metavar="SECONDS", help="A trial that takes longer is recorded as failed."
+    ),
     click.option("--memory-limit", type=float, default=None, metavar="GIB", help="Memory a trial may take (CPU, Linux)."),
     click.option("--retry-failed", is_flag=True, help="Run failed trials once more; else their record stands."),
     _JSON,
@@ -125,9 +137,18 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("family")
-@click.option("--task", default="digits", show_default=True, help="A built-in task (see `weightroom tasks`), mine.py or mine.py:function.")
-@click.option("--arms", type=_Names(), default=None, help="Only these arms, with commas (or semicolons) between them; the baseline always runs.")
-@click.option("--sparsity", type=_Numbers(), default=(), metavar="S,...", help="Operating points of 'prune': shares of weights to remove.")
+@click.option(
+    "--task", default="digits", show_default=True, help="A built-in task (see `weightroom tasks`), mine.py or mine.py:function."
+)
+@click.option(
+    "--arms",
+    type=_Names(),
+    default=None,
+    help="Only these arms, with commas (or semicolons) between them; the baseline always runs.",
+)
+@click.option(
+    "--sparsity", type=_Numbers(), default=(), metavar="S,...", help="Operating points of 'prune': shares of weights to remove."
+)
 @click.option("--metric", default=None, help="The task's metric that decides; its first by default.")
 @click.option("--epochs", type=int, default=None, help="Instead of the task's recipe.")
 @click.option("--label-noise", type=float, default=0.0, metavar="P", help="Replace this share of the training labels.")
@@ -135,7 +156,16 @@ def cli() -> None:
 @click.option("--samples", type=int, default=None, metavar="N", help="Keep so many training samples.")
 @click.option("--download", is_flag=True, help="Allow a built-in task to download its data.")
 @_RUN
-def compare(family: str, seeds: int | None, tune: int | None, memory_limit: float | None, as_json: bool, debug: bool, report: str | None, **given: Any) -> int:
+def compare(
+    family: str,
+    seeds: int | None,
+    tune: int | None,
+    memory_limit: float | None,
+    as_json: bool,
+    debug: bool,
+    report: str | None,
+    **given: Any,
+) -> int:
     """Compares the methods of FAMILY (prune, loss, optimizer, adapt) on one task."""
     from weightroom import api
     from weightroom.cli import show
@@ -226,7 +256,9 @@ def tasks(as_json: bool) -> None:
 @click.argument("keys", nargs=-1)
 @click.option("--record", is_flag=True, help="Run the studies (all without KEYS) and record their verdicts.")
 @_RUN
-def verdicts(keys: tuple[str, ...], record: bool, as_json: bool, debug: bool, memory_limit: float | None, report: str | None, **given: Any) -> int:
+def verdicts(
+    keys: tuple[str, ...], record: bool, as_json: bool, debug: bool, memory_limit: float | None, report: str | None, **given: Any
+) -> int:
     """Shows the recorded verdicts of all papers, or runs and records them."""
     from weightroom import api, record_verdicts
     from weightroom.cli import show

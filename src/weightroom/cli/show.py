@@ -34,7 +34,9 @@ def comparison(results: Results, costs: Sequence[str]) -> None:
     for variant in ("common", "tuned") if results.tuned else ("common",):
         for setting in study.settings:
             table = results.table(setting, variant=variant)
-            title = " · ".join(part for part in (study.name, setting and f"at {setting}", results.tuned and f"{variant} setting") if part)
+            title = " · ".join(
+                part for part in (study.name, setting and f"at {setting}", results.tuned and f"{variant} setting") if part
+            )
             shown = Table(title=escape(title), title_justify="left", caption_justify="left")
             shown.add_column("", justify="right")
             shown.add_column("arm")
@@ -84,7 +86,10 @@ def cards(found: Sequence[Mapping[str, Any]]) -> None:
 def card(paper: Paper, found: Mapping[str, Any]) -> None:
     """Prints one paper's card."""
     out = console()
-    out.print(f"[bold]{escape(paper.title)}[/]\n{escape(paper.authors)}, {paper.venue} {paper.year}" + (f", arXiv {paper.arxiv}" if paper.arxiv else ""))
+    out.print(
+        f"[bold]{escape(paper.title)}[/]\n{escape(paper.authors)}, {paper.venue} {paper.year}"
+        + (f", arXiv {paper.arxiv}" if paper.arxiv else "")
+    )
     for head, text in (("What it does", paper.summary), ("What it claims", paper.claim), ("Limits", paper.limits)):
         out.print(f"\n[bold]{head}[/]\n{escape(text)}")
     out.print("\n[bold]Parts[/]\n" + "\n".join(paper.names()))
@@ -129,11 +134,19 @@ def recorded(found: Mapping[str, Any], scale: str) -> None:
     if not found:
         console().print(f"no verdicts are recorded at scale {scale}")
         return
-    table = Table("paper", "claim", "verdict", "difference or value", "n", title=f"recorded at scale {scale}", title_justify="left")
+    table = Table(
+        "paper", "claim", "verdict", "difference or value", "n", title=f"recorded at scale {scale}", title_justify="left"
+    )
     for key, record in found.items():
         for e in record["expectations"]:
             low, high = (math.nan if x is None else x for x in e["interval"])
-            table.add_row(key, escape(e["statement"]), _MARK[e["verdict"]], _spread(math.nan if e["difference"] is None else e["difference"], low, high), str(e["n"]))
+            table.add_row(
+                key,
+                escape(e["statement"]),
+                _MARK[e["verdict"]],
+                _spread(math.nan if e["difference"] is None else e["difference"], low, high),
+                str(e["n"]),
+            )
     console().print(table)
 
 
@@ -149,7 +162,12 @@ def frame(table: pd.DataFrame) -> None:
     """Prints a data frame."""
     shown = Table(*table.columns)
     for row in table.itertuples(index=False):
-        shown.add_row(*("" if _missing(v) else escape(pd.Timestamp(v, unit="s").strftime("%Y-%m-%d %H:%M") if name == "last" else str(v)) for name, v in zip(table.columns, row, strict=True)))
+        shown.add_row(
+            *(
+                "" if _missing(v) else escape(pd.Timestamp(v, unit="s").strftime("%Y-%m-%d %H:%M") if name == "last" else str(v))
+                for name, v in zip(table.columns, row, strict=True)
+            )
+        )
     console().print(shown)
 
 
@@ -173,7 +191,9 @@ def _failures(results: Results) -> None:
     bad = results.frame[results.frame.status == "failed"]
     if len(bad):
         out = Console(stderr=True)
-        out.print(f"[red]{len(bad)} of {len(results.frame)} trials failed[/] ({escape(results.study.name)}); --retry-failed runs them once more")
+        out.print(
+            f"[red]{len(bad)} of {len(results.frame)} trials failed[/] ({escape(results.study.name)}); --retry-failed runs them once more"
+        )
         for (arm, reason), group in bad.groupby(["arm", "reason"]):
             out.print(f"  {escape(arm)} ({len(group)}): {escape(reason)}")
 
@@ -185,7 +205,9 @@ def _spread(mean: float, low: float, high: float, *, sign: bool = False) -> str:
     if not (math.isfinite(low) and math.isfinite(high)):
         return f"{mean:{plus}.4g}"
     digits = max(0, min(6, 2 - math.floor(math.log10(high - low)))) if high > low else 4
-    return f"{mean:{plus}.{digits}f} [{low:{plus}.{digits}f}, {high:{plus}.{digits}f}]" if abs(mean) < 1e5 else f"{mean:{plus}.4g}"
+    return (
+        f"{mean:{plus}.{digits}f} [{low:{plus}.{digits}f}, {high:{plus}.{digits}f}]" if abs(mean) < 1e5 else f"{mean:{plus}.4g}"
+    )
 
 
 def _missing(value: Any) -> bool:

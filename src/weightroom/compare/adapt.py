@@ -11,8 +11,8 @@ images by 90 degrees, tables by reversing the features.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sized
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def _lora(model: nn.Module, *, r: int, init: Any = True) -> nn.Module:
         raise MissingExtraError("peft", "adapt", "the LoRA arm") from None
     names = [name for name, _ in _linears(model)][:-1]
     config = peft.LoraConfig(r=r, lora_alpha=r, target_modules=names, init_lora_weights=init)
-    return peft.get_peft_model(model, config)  # type: ignore[arg-type]
+    return peft.get_peft_model(model, config)
 
 
 def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
@@ -80,7 +80,7 @@ class Turned(Dataset):
 
     def __len__(self) -> int:
         """Number of samples."""
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(cast(Sized, self.dataset))
 
     def __getitem__(self, index: Any) -> tuple[Tensor, ...]:
         """The sample, its input turned."""
@@ -111,7 +111,9 @@ def _start(task: Task, trial: Trial) -> tuple[nn.Module, Task]:
         train_by_recipe(task, Trial(trial.seed, trial.scale, device=trial.device), fresh, log=False)
         return fresh.state_dict()
 
-    model.load_state_dict(trial.cached("pretrained", pretrained, task=task, seed=trial.seed, scale=trial.scale.value, device=trial.device))
+    model.load_state_dict(
+        trial.cached("pretrained", pretrained, task=task, seed=trial.seed, scale=trial.scale.value, device=trial.device)
+    )
     turned = {split: Turned(getattr(task, split)) for split in ("train", "val", "test")}
     return model, task.with_(**turned, name=f"{task.name}, turned")
 

@@ -35,7 +35,9 @@ _SMOOTHING = """@inproceedings{szegedy2016rethinking,
 BASELINES = {
     "task's own": Method(lambda task: task.loss, space=_LR),
     "cross-entropy": Method(lambda task: nn.CrossEntropyLoss(), space=_LR),
-    "label smoothing": Method(lambda task, smoothing: nn.CrossEntropyLoss(label_smoothing=smoothing), {"smoothing": 0.1}, _LR, (_SMOOTHING,)),
+    "label smoothing": Method(
+        lambda task, smoothing: nn.CrossEntropyLoss(label_smoothing=smoothing), {"smoothing": 0.1}, _LR, (_SMOOTHING,)
+    ),
     "focal": Method(lambda task, gamma: FocalLoss(gamma=gamma), {"gamma": 2.0}, _LR, (_FOCAL,)),
 }
 

@@ -33,7 +33,9 @@ BASELINES = {
 def _arm(task: Task, method: Method, options: Options) -> Arm:
     def run(trial: Trial) -> dict[str, float]:
         model = task.model(seed=trial.seed)
-        train_by_recipe(task, trial, model, optimizer=lambda params: method.make(list(params), **trial.params), epochs=options.epochs)
+        train_by_recipe(
+            task, trial, model, optimizer=lambda params: method.make(list(params), **trial.params), epochs=options.epochs
+        )
         return measure(task, trial, model)
 
     return Arm(run, method.defaults, method.space, method.cites)

@@ -34,7 +34,9 @@ class PruneMethod(Method):
 
 
 def _bib(key: str, title: str, authors: str, year: int, venue: str) -> tuple[str]:
-    return (f"@inproceedings{{{key},\n  title = {{{title}}},\n  author = {{{authors}}},\n  year = {{{year}}},\n  booktitle = {{{venue}}}\n}}",)
+    return (
+        f"@inproceedings{{{key},\n  title = {{{title}}},\n  author = {{{authors}}},\n  year = {{{year}}},\n  booktitle = {{{venue}}}\n}}",
+    )
 
 
 BASELINES = {
@@ -97,7 +99,9 @@ def _trained(task: Task, trial: Trial, model: nn.Module, options: Options) -> di
         train_by_recipe(task, Trial(trial.seed, trial.scale, device=trial.device), dense, epochs=options.epochs, log=False)
         return dense.state_dict()
 
-    return trial.cached("dense", make, task=task, seed=trial.seed, scale=trial.scale.value, device=trial.device, epochs=options.epochs)
+    return trial.cached(
+        "dense", make, task=task, seed=trial.seed, scale=trial.scale.value, device=trial.device, epochs=options.epochs
+    )
 
 
 def _epochs(task: Task, options: Options, start: str) -> int:

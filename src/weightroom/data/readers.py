@@ -120,7 +120,9 @@ def chase_db1(*, folder: Path | None = None) -> dict[str, tuple[Tensor, Tensor]]
     here = folder or _under_root("chase-db1")
     masks = sorted(here.glob("Image_*_mask.png")) if here is not None else []
     if not masks:
-        raise TaskError("CHASE_DB1 is not there: set WEIGHTROOM_DATA to a folder with chase-db1/Image_01L.png, Image_01L_mask.png, ...")
+        raise TaskError(
+            "CHASE_DB1 is not there: set WEIGHTROOM_DATA to a folder with chase-db1/Image_01L.png, Image_01L_mask.png, ..."
+        )
     out = {}
     for path in masks:
         name = path.name.removeprefix("Image_").removesuffix("_mask.png")
@@ -142,7 +144,9 @@ def _verify(folder: Path, sums: Mapping[str, str]) -> None:
             raise TaskError(f"{path} is missing: restore it, or unset WEIGHTROOM_DATA")
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                raise TaskError(f"{path} is not the file it should be (its SHA-256 differs): restore it, or unset WEIGHTROOM_DATA")
+                raise TaskError(
+                    f"{path} is not the file it should be (its SHA-256 differs): restore it, or unset WEIGHTROOM_DATA"
+                )
 
 
 def _fetched(url: str, check: str, name: str, download: bool) -> Path:
@@ -159,7 +163,9 @@ def _fetched(url: str, check: str, name: str, download: bool) -> Path:
     try:
         return Path(pooch.retrieve(url, known_hash=check, fname=path.name, path=cache, progressbar=False))
     except Exception as error:
-        raise TaskError(f"{url} could not be downloaded ({type(error).__name__}): check the connection and say --download again") from error
+        raise TaskError(
+            f"{url} could not be downloaded ({type(error).__name__}): check the connection and say --download again"
+        ) from error
 
 
 def _idx(path: Path) -> np.ndarray:

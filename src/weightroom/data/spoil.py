@@ -91,7 +91,9 @@ def targets(dataset: Dataset) -> Tensor:
     else:
         labels = torch.as_tensor([int(dataset[i][1]) for i in range(_len(dataset))])
     if labels.ndim != 1 or labels.is_floating_point():
-        raise TaskError(f"label noise and imbalance need one integer label per sample, got {labels.dtype} targets of shape {tuple(labels.shape)}")
+        raise TaskError(
+            f"label noise and imbalance need one integer label per sample, got {labels.dtype} targets of shape {tuple(labels.shape)}"
+        )
     return labels.long()
 
 

@@ -63,7 +63,9 @@ def minimised(metric: Callable[..., Any]) -> bool:
     return metric in _LOWER
 
 
-def resolve(metrics: Mapping[str, Callable[..., Any]] | Iterable[str | Callable[..., Any]] | str) -> dict[str, Callable[..., Any]]:
+def resolve(
+    metrics: Mapping[str, Callable[..., Any]] | Iterable[str | Callable[..., Any]] | str,
+) -> dict[str, Callable[..., Any]]:
     """Returns name -> function for names of this module, functions, or a mapping; the order is kept.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sized
 from typing import Any, cast
@@ -18,7 +19,7 @@ __all__ = ["check_device", "check_fit", "device_of", "predict"]
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter or buffer; the CPU for a model without any."""
-    tensor = next(iter(model.parameters()), None)
+    tensor: Tensor | None = next(iter(model.parameters()), None)
     if tensor is None:
         tensor = next(iter(model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
@@ -98,7 +99,11 @@ def check_fit(
     if not math.isfinite(float(value)):
         raise TaskError(f"the loss of the untrained model is {float(value)}; {seen}")
     for name, metric in metrics.items():
-        _try(f"metric {name!r} does not fit the model's output: {seen}", lambda metric=metric: float(metric(outputs, target)))
+        _try(f"metric {name!r} does not fit the model's output: {seen}", functools.partial(_number, metric, outputs, target))
+
+
+def _number(metric: Callable[[Tensor, Tensor], Any], outputs: Tensor, target: Tensor) -> float:
+    return float(metric(outputs, target))
 
 
 def _check_labels(dataset: Dataset, classes: int, ignore: int) -> None:
@@ -121,4 +126,6 @@ def _try(what: str, call: Callable[[], Any]) -> Any:
     except TaskError:
         raise
     except Exception as error:
-        raise TaskError(f"{what} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})") from error
+        raise TaskError(
+            f"{what} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
+        ) from error

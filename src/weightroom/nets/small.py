@@ -1,8 +1,9 @@
-"""Small classifiers that the built-in tasks train in seconds: a perceptron, a plain CNN, a residual network for 32 x 32 images."""
+"""Small classifiers that the built-in tasks train in seconds: a perceptron, a plain CNN, a residual network for small images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ class MLP(nn.Sequential):
 
     def __init__(self, sizes: Sequence[int], activation: type[nn.Module] = nn.ReLU) -> None:
         layers: list[nn.Module] = [nn.Flatten()]
-        for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for i, (a, b) in enumerate(pairwise(sizes)):
             layers += [activation()] * (i > 0) + [nn.Linear(a, b)]
         super().__init__(*layers)
 

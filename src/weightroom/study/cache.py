@@ -15,7 +15,9 @@ from weightroom.study.fingerprint import fingerprint, versions
 __all__ = ["cached"]
 
 
-def cached(folder: Path | None, name: str, make: Callable[[], dict[str, Tensor]], decides: Mapping[str, Any]) -> dict[str, Tensor]:
+def cached(
+    folder: Path | None, name: str, make: Callable[[], dict[str, Tensor]], decides: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """Returns ``make()``, from disk where another trial has made it; see ``Trial.cached``."""
     if folder is None:
         return make()

@@ -105,7 +105,7 @@ class Trial:
             **decides: everything that decides its value (task, seed, scale, ...); hashed into its address. What ``make``
                 itself runs is hashed too.
         """
-        from weightroom.study.cache import cached  # noqa: PLC0415
+        from weightroom.study.cache import cached
 
         return cached(self.shared, name, make, decides)
 
@@ -252,7 +252,7 @@ class Study:
             StoreError: the store cannot be opened or written.
             KeyboardInterrupt: after Ctrl-C; what was finished is in the store, the rest goes on with the next run.
         """
-        from weightroom.study.driver import run_study  # noqa: PLC0415
+        from weightroom.study.driver import run_study
 
         return run_study(
             self, store, engine=engine, workers=workers, device=device, time_limit=time_limit,
@@ -261,7 +261,11 @@ class Study:
 
     def describe(self) -> dict[str, Any]:
         """The study's configuration, as plain values for reports."""
-        arms = {name: {"defaults": dict(arm.defaults), "space": dict(arm.space)} for name, arm in self.arms.items() if isinstance(arm, Arm)}
+        arms = {
+            name: {"defaults": dict(arm.defaults), "space": dict(arm.space)}
+            for name, arm in self.arms.items()
+            if isinstance(arm, Arm)
+        }
         return json.loads(
             json.dumps(
                 {

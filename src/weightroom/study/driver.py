@@ -105,7 +105,9 @@ class _Driver:
                 for name, arm in self.arms.items():
                     entries.append(Entry("common", self.key(name, setting, seed, "test", arm.defaults)))
                     if self.study.tune:
-                        entries.append(Entry("tuned", self.key(name, setting, seed, "test", chosen.get((name, setting), dict(arm.defaults)))))
+                        entries.append(
+                            Entry("tuned", self.key(name, setting, seed, "test", chosen.get((name, setting), dict(arm.defaults))))
+                        )
         return entries
 
     def _search(self) -> list[TrialKey]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -78,7 +79,9 @@ class _Futures:
 
 
 class _Local(_Futures):
-    def __init__(self, pool: pebble.ProcessPool, parcel: str, workers: int, time_limit: float | None, memory_limit: int | None) -> None:
+    def __init__(
+        self, pool: pebble.ProcessPool, parcel: str, workers: int, time_limit: float | None, memory_limit: int | None
+    ) -> None:
         super().__init__(workers)
         self.pool, self.parcel, self.time_limit, self.memory_limit = pool, parcel, time_limit, memory_limit
 
@@ -104,7 +107,7 @@ class _Process(ForkServerProcess):
         main = sys.modules["__main__"]
         sys.modules["__main__"] = ModuleType("__main__")
         try:
-            return ForkServerProcess._Popen(process_obj)  # type: ignore[misc]
+            return ForkServerProcess._Popen(process_obj)
         finally:
             sys.modules["__main__"] = main
 
@@ -165,7 +168,7 @@ def _ray(parcel: Parcel, workers: int | None, time_limit: float | None) -> Itera
         raise MissingExtraError("ray", "ray", "the ray engine") from None
     own = not ray.is_initialized()
     if own:
-        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield _Ray(ray, parcel, workers or int(ray.cluster_resources().get("CPU", 1)), time_limit)
     finally:
@@ -193,6 +196,8 @@ def _run_pickled(parcel: bytes, job: Job, time_limit: float | None) -> Outcome:
 def _died(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
-        what = {"SIGSEGV": "a segmentation fault in native code", "SIGKILL": "killed, most likely for using too much memory"}.get(name, "")
+        what = {"SIGSEGV": "a segmentation fault in native code", "SIGKILL": "killed, most likely for using too much memory"}.get(
+            name, ""
+        )
         return f"its worker process died of {name}" + (f" ({what})" if what else "")
     return f"its worker process ended by itself with exit code {code}"

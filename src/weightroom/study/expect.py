@@ -96,7 +96,9 @@ class Claim:
 
     def __post_init__(self) -> None:
         if not self.expect.kind:
-            raise UsageError(f"the expectation of claim {self.says!r} is unfinished: add .better_than(...), .within(...) or another")
+            raise UsageError(
+                f"the expectation of claim {self.says!r} is unfinished: add .better_than(...), .within(...) or another"
+            )
 
 
 def _margin(name: str, value: float) -> float:

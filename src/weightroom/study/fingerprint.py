@@ -94,13 +94,21 @@ class _Digest:
             return self._code(thing)
         if isinstance(thing, type):
             return self._class(thing)
-        if isinstance(thing, types.ModuleType | types.BuiltinFunctionType | types.MethodDescriptorType | types.WrapperDescriptorType):
+        if isinstance(
+            thing, types.ModuleType | types.BuiltinFunctionType | types.MethodDescriptorType | types.WrapperDescriptorType
+        ):
             return _hash(b"name", getattr(thing, "__module__", "") or "", thing.__name__)
         if isinstance(thing, torch.Generator):
             return _hash(b"generator", thing.get_state().numpy().tobytes())
         if isinstance(thing, torch.nn.Module):
             plain = {k: v for k, v in vars(thing).items() if not k.startswith("_")}
-            return _hash(b"module", self.of(type(thing)), self.of(dict(thing.state_dict())), self.of(plain), self.of(dict(thing.named_children())))
+            return _hash(
+                b"module",
+                self.of(type(thing)),
+                self.of(dict(thing.state_dict())),
+                self.of(plain),
+                self.of(dict(thing.named_children())),
+            )
         if hasattr(thing, "__dict__"):
             return _hash(b"object", self.of(type(thing)), self.of(vars(thing)))
         return _hash(b"pickle", self.of(type(thing)), pickle.dumps(thing))
@@ -109,12 +117,12 @@ class _Digest:
         if id(thing) not in self.memo:
             head = f"{type(thing).__name__} {thing.dtype} {tuple(thing.shape)}".encode()
             if isinstance(thing, torch.Tensor):
-                flat = thing.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if thing.numel() else np.empty(0)
-                body: bytes | memoryview = memoryview(np.ascontiguousarray(flat)).cast("B")
+                flat = thing.detach().cpu().contiguous().reshape(-1)
+                body: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
             elif thing.dtype == object:
                 body = pickle.dumps(thing.tolist())
             else:
-                body = memoryview(np.ascontiguousarray(thing).reshape(-1).view(np.uint8))
+                body = np.ascontiguousarray(thing).reshape(-1).view(np.uint8)
             self.memo[id(thing)] = (thing, _hash(head, body))
         return self.memo[id(thing)][1]
 
@@ -137,7 +145,9 @@ class _Digest:
         name = f"{cls.__module__}.{cls.__qualname__}"
         if _foreign(cls.__module__):
             return _hash(b"class", name)
-        members = {k: v for k, v in vars(cls).items() if k not in ("__doc__", "__module__", "__dict__", "__weakref__", "__annotations__")}
+        members = {
+            k: v for k, v in vars(cls).items() if k not in ("__doc__", "__module__", "__dict__", "__weakref__", "__annotations__")
+        }
         members = {k: _unwrap(v) for k, v in members.items() if not k.startswith("_abc_") and not k.startswith("__dataclass")}
         return _hash(b"class", cls.__qualname__, *(self.of(base) for base in cls.__bases__), self.of(members))
 
@@ -154,7 +164,11 @@ def _named(code: types.CodeType, scope: Mapping[str, Any]) -> Iterable[Any]:
         else:
             found[name] = thing
     ours = types.FunctionType | type | functools.partial
-    return [v for _, v in sorted(found.items()) if isinstance(v, ours | bool | int | float | str | tuple | list | dict | torch.Tensor | np.ndarray)]
+    return [
+        v
+        for _, v in sorted(found.items())
+        if isinstance(v, ours | bool | int | float | str | tuple | list | dict | torch.Tensor | np.ndarray)
+    ]
 
 
 def _names(code: types.CodeType) -> set[str]:
@@ -202,5 +216,3 @@ def _hash(*parts: Any) -> bytes:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.digest()
-
-

@@ -69,7 +69,9 @@ class _Table(Progress):
         from rich.table import Table
 
         total, spent = len(self.planned), time.monotonic() - self.start
-        left = f", about {_span(spent / self.fresh * (total - self.finished))} left" if self.fresh and self.finished < total else ""
+        left = (
+            f", about {_span(spent / self.fresh * (total - self.finished))} left" if self.fresh and self.finished < total else ""
+        )
         settings = list(self.study.settings)
         shown = settings[-4:]
         more = f" (the last 4 of {len(settings)} settings)" if len(settings) > 4 else ""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -93,7 +93,8 @@ class Results:
         if not claims:
             return []
         seeds = self._seeds()
-        decisions = decide([self._sample(claim, seeds) for claim in claims], self.study.alpha, looks(len(self.study.seeds), self.study.max_seeds))  # type: ignore[arg-type]
+        at = looks(len(cast(Sequence[int], self.study.seeds)), self.study.max_seeds)
+        decisions = decide([self._sample(claim, seeds) for claim in claims], self.study.alpha, at)
         return [
             Verdict(
                 statement=claim.says, verdict=d.verdict, difference=d.mean, interval=d.interval, n=d.n, level=d.level, p=d.p, reason=d.reason,
@@ -146,7 +147,9 @@ class Results:
                     **{cost: _mean(self.values(arm, cost, setting, variant)) for cost in costs},
                 }
             )  # fmt: skip
-        table = pd.DataFrame(rows).sort_values("mean", ascending=direction < 0, kind="stable", na_position="last", ignore_index=True)
+        table = pd.DataFrame(rows).sort_values(
+            "mean", ascending=direction < 0, kind="stable", na_position="last", ignore_index=True
+        )
         table.insert(0, "rank", [i + 1 if not math.isnan(mean) else None for i, mean in enumerate(table["mean"])])
         return table
 
@@ -163,7 +166,7 @@ class Results:
         Raises:
             UsageError: the path does not end in ``.html``, or cannot be written.
         """
-        from weightroom.study.report import write  # noqa: PLC0415
+        from weightroom.study.report import write
 
         path = Path(path)
         if path.suffix not in (".html", ".htm"):
@@ -177,21 +180,23 @@ class Results:
 
     @cached_property
     def _groups(self) -> dict[tuple[str, str, str], pd.DataFrame]:
-        return {key: group for key, group in self.frame.groupby(["variant", "arm", "setting"], sort=False)}  # type: ignore[misc]
+        return dict(list(self.frame.groupby(["variant", "arm", "setting"], sort=False)))  # type: ignore[arg-type]
 
     @cached_property
     def _done(self) -> dict[tuple[str, str, str], pd.DataFrame]:
         return {key: group.loc[group.status == "done"].set_index("seed") for key, group in self._groups.items()}
 
     def _columns(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        columns = dict.fromkeys(column for row in rows for column in row if column not in self.study.metrics and column not in COSTS)
+        columns = dict.fromkeys(
+            column for row in rows for column in row if column not in self.study.metrics and column not in COSTS
+        )
         costs = [cost for cost in COSTS if any(cost in row for row in rows)]
         return [*columns, *self.study.metrics, *(cost for cost in costs if cost not in self.study.metrics)]
 
     def _seeds(self) -> list[int]:
         return list(dict.fromkeys(e.key.seed for e in self.entries if e.variant == "common"))
 
-    def _sample(self, claim: Claim, seeds: Sequence[int]) -> Sample:
+    def _sample(self, claim: Claim, seeds: list[int]) -> Sample:
         expect, variant = claim.expect, "tuned" if claim.expect.tuned else "common"
         metric, setting = expect.metric or self.study.metric, self.study.setting_of(expect)
         own = self.values(expect.arm, metric, setting, variant).reindex(seeds)

@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -122,7 +123,7 @@ class Decision:
     reason: str
 
 
-def interval(values: Sequence[float], level: float) -> tuple[float, float]:
+def interval(values: Sequence[float] | np.ndarray, level: float) -> tuple[float, float]:
     """Student's two-sided interval of the mean; infinite with fewer than two values."""
     x = np.asarray(values, dtype=float)
     if len(x) < 2:
@@ -142,7 +143,7 @@ def looks(seeds: int, max_seeds: int | None) -> list[int]:
 def spending(at: Sequence[int], alpha: float) -> list[float]:
     """The error that each look may spend; sums to ``alpha``."""
     share = [0.0, *(n / at[-1] for n in at)]
-    return [alpha * (b**2 - a**2) for a, b in zip(share, share[1:], strict=False)]
+    return [alpha * (b**2 - a**2) for a, b in pairwise(share)]
 
 
 def decide(samples: Sequence[Sample], alpha: float, at: Sequence[int]) -> list[Decision]:
@@ -177,7 +178,9 @@ def overall(verdicts: Sequence[str]) -> Answer:
 
 def _look(samples: Sequence[Sample], n: int, alpha: float) -> dict[int, Decision]:
     out = {i: _every(sample) for i, sample in enumerate(samples) if sample.every}
-    tested = sorted(((_p(s, n), i) for i, s in enumerate(samples) if not s.every), key=lambda pair: (math.isnan(pair[0]), pair[0]))
+    tested = sorted(
+        ((_p(s, n), i) for i, s in enumerate(samples) if not s.every), key=lambda pair: (math.isnan(pair[0]), pair[0])
+    )
     k = len(tested)
     first_open = next((rank for rank, (p, _) in enumerate(tested) if not p <= alpha / (k - rank)), k)  # Holm 1979
     for rank, (p, i) in enumerate(tested):
@@ -202,7 +205,9 @@ def _mean(sample: Sample, n: int, p: float, alpha: float, *, undecided: bool) ->
         if bounds[0] == bounds[1]:
             reason = f"all {len(x)} differences happen to be {mean:.4g}: too few to rule out chance (p = {p:.2g})"
         elif not any(bounds[0] <= border <= bounds[1] for border in (sample.low, sample.high)):
-            reason = f"another expectation of this study with a smaller p-value is not decided, so this one may not be (Holm); {span}"
+            reason = (
+                f"another expectation of this study with a smaller p-value is not decided, so this one may not be (Holm); {span}"
+            )
     elif inside:
         verdict, reason = "holds", f"{span} lies inside {region}"
     else:
@@ -221,7 +226,10 @@ def _every(sample: Sample) -> Decision:
         verdict: Answer = "fails"
         reason = f"{out} of {len(x)} trials lie outside {region}: values from {spread[0]:.4g} to {spread[1]:.4g}"
     elif sample.missing:
-        verdict, reason = "inconclusive", f"{sample.missing} of {sample.missing + len(x)} trials that it needs failed or were not run"
+        verdict, reason = (
+            "inconclusive",
+            f"{sample.missing} of {sample.missing + len(x)} trials that it needs failed or were not run",
+        )
     else:
         verdict, reason = "holds", f"all {len(x)} trials lie inside {region}: values from {spread[0]:.4g} to {spread[1]:.4g}"
     return Decision(verdict, float(x.mean()), spread, len(x), 1.0, math.nan, reason)

@@ -104,7 +104,9 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(f"store {self.folder} cannot be made ({error.strerror}): choose another folder with --store") from error
+            raise StoreError(
+                f"store {self.folder} cannot be made ({error.strerror}): choose another folder with --store"
+            ) from error
         self.owner = f"{platform.node()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
         self._open(patience)
 
@@ -141,7 +143,9 @@ class Store:
     def claim(self, key: TrialKey, versions: Mapping[str, str]) -> Literal["mine", "done", "failed", "theirs"]:
         """Claims a trial, unless its outcome is known or another living driver has it."""
         with self._transaction():
-            row = self.db.execute("SELECT status, owner, heartbeat FROM trials WHERE fingerprint = ?", (key.fingerprint,)).fetchone()
+            row = self.db.execute(
+                "SELECT status, owner, heartbeat FROM trials WHERE fingerprint = ?", (key.fingerprint,)
+            ).fetchone()
             if row is not None and row[0] != "running":
                 return row[0]
             if row is not None and row[1] != self.owner and _alive(row[1], row[2]):
@@ -197,14 +201,18 @@ class Store:
     @_translated
     def curves(self, fingerprints: Iterable[str]) -> dict[str, list[tuple[str, float, float]]]:
         """Fingerprint -> (name, step, value) of all points that the trial logged."""
-        return {f: [tuple(p) for p in json.loads(points)] for f, points in self._select("fingerprint, points", fingerprints, "curves")}
+        return {
+            f: [tuple(p) for p in json.loads(points)] for f, points in self._select("fingerprint, points", fingerprints, "curves")
+        }
 
     @_translated
     def frame(self, study: str | None = None) -> pd.DataFrame:
         """All trials as a table, one row each: what it is, its status, its metrics and costs in columns of their own."""
         columns = ["fingerprint", "study", "arm", "setting", "seed", "split", "scale", "params", "status", "reason", "finished"]
         where, values = ("WHERE study = ?", (study,)) if study is not None else ("", ())
-        rows = self.db.execute(f"SELECT {', '.join(columns)}, metrics, costs FROM trials {where} ORDER BY study, arm, setting, seed", values)
+        rows = self.db.execute(
+            f"SELECT {', '.join(columns)}, metrics, costs FROM trials {where} ORDER BY study, arm, setting, seed", values
+        )
         table = pd.DataFrame(rows.fetchall(), columns=[*columns, "metrics", "costs"])
         numbers = [pd.DataFrame(json.loads(f"[{','.join(table.pop(name))}]"), index=table.index) for name in ("metrics", "costs")]
         return pd.concat([table, *numbers], axis=1)
@@ -231,7 +239,9 @@ class Store:
 
     def _select(self, columns: str, fingerprints: Iterable[str], table: str = "trials") -> Iterable[tuple[Any, ...]]:
         wanted = json.dumps(list(fingerprints))
-        return self.db.execute(f"SELECT {columns} FROM {table} WHERE fingerprint IN (SELECT value FROM json_each(?))", (wanted,)).fetchall()
+        return self.db.execute(
+            f"SELECT {columns} FROM {table} WHERE fingerprint IN (SELECT value FROM json_each(?))", (wanted,)
+        ).fetchall()
 
 
 def _alive(owner: str, heartbeat: float | None) -> bool:
@@ -254,17 +264,23 @@ def _check_whole(path: Path) -> None:
         with path.open("rb") as file:
             head = file.read(100)
     except OSError as error:
-        raise StoreError(f"store {path} cannot be read ({error.strerror}): mend its permissions or choose another folder with --store") from error
+        raise StoreError(
+            f"store {path} cannot be read ({error.strerror}): mend its permissions or choose another folder with --store"
+        ) from error
     if not head:
         return
     size = int.from_bytes(head[16:18], "big")
     pages = int.from_bytes(head[28:32], "big")
-    whole = head[:16] == b"SQLite format 3\0" and len(head) == 100 and path.stat().st_size >= pages * (65536 if size == 1 else size)
+    whole = (
+        head[:16] == b"SQLite format 3\0" and len(head) == 100 and path.stat().st_size >= pages * (65536 if size == 1 else size)
+    )
     if not whole:
         raise StoreError(_DAMAGED.format(path=path))
 
 
-_DAMAGED = "store {path} is damaged (truncated, or not a weightroom store): restore it from a copy, or move it away and start anew"
+_DAMAGED = (
+    "store {path} is damaged (truncated, or not a weightroom store): restore it from a copy, or move it away and start anew"
+)
 
 
 def _explain(error: sqlite3.Error, path: Path) -> StoreError:
@@ -272,9 +288,13 @@ def _explain(error: sqlite3.Error, path: Path) -> StoreError:
     if "readonly" in text or "read-only" in text:
         return StoreError(f"store {path} is read-only: make it writable, or choose another folder with --store")
     if "locked" in text:
-        return StoreError(f"store {path} is locked by another program: wait until it is done, or choose another folder with --store")
+        return StoreError(
+            f"store {path} is locked by another program: wait until it is done, or choose another folder with --store"
+        )
     if "full" in text or "disk I/O" in text:
-        return StoreError(f"store {path} cannot be written, the disk is full or broken ({text}): free some space and run again; what was finished is kept")
+        return StoreError(
+            f"store {path} cannot be written, the disk is full or broken ({text}): free some space and run again; what was finished is kept"
+        )
     if "unable to open" in text:
         return StoreError(f"store {path} cannot be opened: check the permissions of its folder, or choose another with --store")
     if isinstance(error, sqlite3.DatabaseError) and ("malformed" in text or "not a database" in text or "no such table" in text):

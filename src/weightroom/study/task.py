@@ -167,7 +167,9 @@ class Task:
         """Returns a copy with some arguments replaced."""
         return replace(self, **changes)
 
-    def evaluate(self, model: nn.Module, split: Literal["train", "val", "test"] = "test", batch_size: int = 256) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, split: Literal["train", "val", "test"] = "test", batch_size: int = 256
+    ) -> dict[str, float]:
         """Returns every metric of the model on a split; the model's mode is left as it was."""
         outputs, targets = metrics.predict(model, getattr(self, split), batch_size=batch_size)
         return {name: float(metric(outputs, targets)) for name, metric in self.metrics.items()}
@@ -196,7 +198,10 @@ class Task:
         if imbalance != 1.0:
             new = new.with_(train=data.imbalance(new.train, imbalance, seed=seed), name=f"{new.name}, imbalance {imbalance:g}")
         if label_noise:
-            spoilt = {s: data.noisy_labels(getattr(new, s), label_noise, kind=noise, seed=seed + i) for i, s in enumerate(("train", "val"))}
+            spoilt = {
+                s: data.noisy_labels(getattr(new, s), label_noise, kind=noise, seed=seed + i)
+                for i, s in enumerate(("train", "val"))
+            }
             new = new.with_(**spoilt, name=f"{new.name}, {noise} label noise {label_noise:g}")
         return new
 
@@ -206,4 +211,6 @@ class Task:
         Raises:
             TaskError: says which two things do not fit and what was seen.
         """
-        metrics.check_fit(self.model(), self.train, self.loss, self.metrics, batch_size=min(8, self.recipe.batch_size), device=device)
+        metrics.check_fit(
+            self.model(), self.train, self.loss, self.metrics, batch_size=min(8, self.recipe.batch_size), device=device
+        )

@@ -62,13 +62,19 @@ def _quasi_random(space: Mapping[str, Any], trials: int) -> list[dict[str, Any]]
 def _distribution(name: str, choices: Any, kinds: Any) -> Any:
     if isinstance(choices, list) and choices:
         return kinds.CategoricalDistribution(choices)
-    if isinstance(choices, tuple) and len(choices) in (2, 3) and all(isinstance(x, int | float) and math.isfinite(x) for x in choices[:2]):
+    if (
+        isinstance(choices, tuple)
+        and len(choices) in (2, 3)
+        and all(isinstance(x, int | float) and math.isfinite(x) for x in choices[:2])
+    ):
         low, high, *how = choices
         if low < high and how == ["int"]:
             return kinds.IntDistribution(int(low), int(high))
         if low < high and (not how or (how == ["log"] and low > 0)):
             return kinds.FloatDistribution(float(low), float(high), log=bool(how))
-    raise UsageError(f"the space of {name!r} must be a list of values, (low, high), (low, high, 'log') or (low, high, 'int'), got {choices!r}")
+    raise UsageError(
+        f"the space of {name!r} must be a list of values, (low, high), (low, high, 'log') or (low, high, 'int'), got {choices!r}"
+    )
 
 
 def _distinct(proposals: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -157,7 +157,10 @@ def _limited(limit: int | None) -> Any:
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    now = int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))) * 1024
+    now = (
+        int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData")))
+        * 1024
+    )
     resource.setrlimit(resource.RLIMIT_DATA, (now + limit, before[1]))
     try:
         yield

@@ -41,7 +41,9 @@ def wine(hidden: Sequence[int] = (32, 32)) -> Task:
     from sklearn.datasets import load_wine
 
     table, labels = load_wine(return_X_y=True)
-    return _task("wine", lambda: MLP((13, *hidden, 3)), _float(table), labels, ("accuracy", "nll"), Recipe(epochs=40, batch_size=16))
+    return _task(
+        "wine", lambda: MLP((13, *hidden, 3)), _float(table), labels, ("accuracy", "nll"), Recipe(epochs=40, batch_size=16)
+    )
 
 
 def breast_cancer(hidden: Sequence[int] = (32, 32)) -> Task:
@@ -87,14 +89,16 @@ def _task(name: str, model: Any, x: Tensor, labels: Any, metrics: tuple[str, ...
         reference = train[:][0]
         mean, std = reference.mean(0), reference.std(0).clamp_min(1e-6)
         train, val, test = (TensorDataset((part[:][0] - mean) / std, part[:][1]) for part in (train, val, test))
-    return Task(name, model=model, train=train, val=val, test=test, metrics=metrics, recipe=recipe, **more)  # type: ignore[arg-type]
+    return Task(name, model=model, train=train, val=val, test=test, metrics=metrics, recipe=recipe, **more)
 
 
 def _split(name: str, model: Any, arrays: tuple[Tensor, Tensor, Tensor, Tensor], epochs: int, **recipe: Any) -> Task:
     x, y, test_x, test_y = arrays
     train, val = data.split(TensorDataset(x, y), (0.9, 0.1), seed=0)
     test = TensorDataset(test_x, test_y)
-    return Task(name, model=model, train=train, val=val, test=test, metrics=("accuracy", "nll"), recipe=Recipe(epochs=epochs, **recipe))  # type: ignore[arg-type]
+    return Task(
+        name, model=model, train=train, val=val, test=test, metrics=("accuracy", "nll"), recipe=Recipe(epochs=epochs, **recipe)
+    )
 
 
 def _float(table: np.ndarray) -> Tensor:

@@ -68,14 +68,17 @@ def _from_file(path: Path, attribute: str) -> Task:
     ]
     chosen = tasks or candidates
     if len(chosen) != 1:
-        raise TaskError(f"{path} must define a function task() that returns a wr.Task; or name one of {', '.join(candidates) or '(none found)'} as {path}:NAME")
+        raise TaskError(
+            f"{path} must define a function task() that returns a wr.Task; or name one of {', '.join(candidates) or '(none found)'} as {path}:NAME"
+        )
     return _made(getattr(module, chosen[0]), f"{path}:{chosen[0]}")
 
 
 def _run(path: Path) -> ModuleType:
     name = path.stem if path.stem.isidentifier() and path.stem not in sys.modules else f"task_{abs(hash(str(path.resolve())))}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     sys.path.insert(0, str(path.resolve().parent))

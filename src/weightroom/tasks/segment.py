@@ -80,7 +80,13 @@ def retina(*, epochs: int = 10, patch: int = 96, folder: Path | None = None) -> 
         parts.append(TensorDataset(*(torch.cat(fields) for fields in zip(*cut, strict=True))))
     train, val, test = parts
     measured = (dice, cl_dice, precision, recall)
-    return _task("retina", lambda: UNet(2, 3, 1, channels=(8, 16, 32)), (train, val, test), measured, Recipe(lr=3e-3, epochs=epochs, batch_size=16))
+    return _task(
+        "retina",
+        lambda: UNet(2, 3, 1, channels=(8, 16, 32)),
+        (train, val, test),
+        measured,
+        Recipe(lr=3e-3, epochs=epochs, batch_size=16),
+    )
 
 
 def _task(
@@ -89,7 +95,9 @@ def _task(
     train, val, test = parts
     lower = ("fragments",) if fragments in measured else ()
     loss = FocalTverskyLoss(alpha=0.5, gamma=1.0, sigmoid=True)
-    return Task(name, model=model, train=train, val=val, test=test, loss=loss, metrics=measured, lower_is_better=lower, recipe=recipe)  # type: ignore[arg-type]
+    return Task(
+        name, model=model, train=train, val=val, test=test, loss=loss, metrics=measured, lower_is_better=lower, recipe=recipe
+    )
 
 
 def _random(eye: tuple[Tensor, Tensor], size: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

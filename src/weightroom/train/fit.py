@@ -21,7 +21,7 @@ from weightroom.data import gather
 from weightroom.errors import UsageError, WeightroomError
 from weightroom.metrics import check_device
 
-__all__ = ["Batches", "DivergedError", "Fit", "fit", "fabric_for"]
+__all__ = ["Batches", "DivergedError", "Fit", "fabric_for", "fit"]
 
 Step = Callable[[nn.Module, Any], Tensor]
 Schedule = Callable[[Optimizer, int], LRScheduler]
@@ -277,7 +277,9 @@ def _scheduler(schedule: Schedule | str, optimizer: Optimizer, total: int) -> LR
     if schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, total))
     if schedule != "constant":
-        raise UsageError(f"schedule must be 'constant', 'cosine' or a function (optimizer, total_steps) -> scheduler, got {schedule!r}")
+        raise UsageError(
+            f"schedule must be 'constant', 'cosine' or a function (optimizer, total_steps) -> scheduler, got {schedule!r}"
+        )
     return None
 
 
@@ -289,7 +291,9 @@ def _bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    with Progress(*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    with Progress(
+        *Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    ) as bar:
         task = bar.add_task("training", total=total)
         yield lambda n: bar.advance(task, n)
 
