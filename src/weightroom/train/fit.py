@@ -38,7 +38,7 @@ class Fit:
     Args:
         steps: optimizer steps taken.
         seconds: wall-clock seconds.
-        losses: mean training loss of each epoch (of the whole run where ``steps`` was given).
+        losses: mean training loss of each epoch, the last of which may be cut short by ``steps``.
         forwards: batches that went through ``step``.
         backwards: backward passes.
     """
