@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 from weightroom import tasks, train
 from weightroom.compare.adapt import BASELINES
 from weightroom.compare.base import Method
+from weightroom.errors import UsageError
 from weightroom.nets.small import MLP
 from weightroom.papers.base import Paper
 from weightroom.study import Arm, Claim, Expect, Scale, Study, Task, Trial
@@ -28,6 +29,9 @@ def _adapt(model: nn.Module, *, r: int, variant: Any) -> nn.Module:
     """Adapts every linear layer but the last that ``r`` fits, as the LoRA arm does (which needs no fit)."""
     inner = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][:-1]
     fits = [n for n, m in inner if r <= m.in_features and (variant == "shared" or m.in_features % r == m.out_features % r == 0)]
+    if not fits:
+        sizes = ", ".join(f"{name} ({m.in_features} to {m.out_features})" for name, m in inner) or "there is none"
+        raise UsageError(f"r={r} fits no linear layer but the last for the {variant} variant: {sizes}; choose another r")
     return bone(model, BoneConfig(r, variant, target_modules=fits))
 
 
