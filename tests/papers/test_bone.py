@@ -81,7 +81,7 @@ def test_methods_adapt_what_the_rank_fits_but_never_the_last_layer(name: str) ->
     adapted = [m.base_layer.in_features for m in model.modules() if isinstance(m, BoneLinear)]
     assert adapted == ([16] if name == "bone" else [20, 16])
     assert isinstance(model[-1], nn.Linear)
-    with pytest.raises(ValueError, match="no module to adapt"):
+    with pytest.raises(ValueError, match="r=8 fits no linear layer"):
         method.make(MLP((4, 8)), **hyper)
 
 
