@@ -7,9 +7,12 @@ line prints the message alone; the traceback appears only with ``--debug``.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from numbers import Real
+from typing import Any
 
-__all__ = ["MissingExtraError", "StoreError", "TaskError", "UsageError", "WeightroomError", "unknown"]
+__all__ = ["MissingExtraError", "StoreError", "TaskError", "UsageError", "WeightroomError", "check_range", "unknown"]
 
 
 class WeightroomError(Exception):
@@ -53,3 +56,28 @@ def unknown(kind: str, given: str, accepted: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UsageError(f"unknown {kind} {given!r}: {hint}accepted: {', '.join(names) or 'none'}")
+
+
+def check_range(
+    name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Checks that a hyper-parameter is a number in a range.
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+        low: least value accepted.
+        high: greatest value accepted.
+        open_low: ``low`` itself is not accepted.
+        open_high: ``high`` itself is not accepted.
+
+    Raises:
+        TypeError: ``value`` is not a real number.
+        UsageError: (a ``ValueError``) it is out of the range, or NaN.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    given = float(value)
+    if not (low < given if open_low else low <= given) or not (given < high if open_high else given <= high):
+        least, most = f"{'>' if open_low else '>='} {low:g}", f"{'<' if open_high else '<='} {high:g}"
+        raise UsageError(f"{name} must be {least} and {most}, got {given:g}")

@@ -28,9 +28,15 @@ SPARSITY = (0.5, 0.8, 0.9, 0.95, 0.98)
 
 @dataclass(frozen=True)
 class PruneMethod(Method):
-    """A pruning method and what it starts from: the trained weights or the initial ones."""
+    """A pruning method.
+
+    Args:
+        start: what it prunes: the trained weights or the initial ones.
+        seeded: ``make`` also takes ``seed``, the trial's.
+    """
 
     start: Literal["trained", "initial"] = "trained"
+    seeded: bool = False
 
 
 def _bib(key: str, title: str, authors: str, year: int, venue: str) -> tuple[str]:
@@ -51,11 +57,11 @@ BASELINES = {
         "evci2020rigging", "Rigging the Lottery: Making All Tickets Winners",
         "Utku Evci and Trevor Gale and Jacob Menick and Pablo Samuel Castro and Erich Elsen", 2020, "ICML")),
     "uniform": PruneMethod(prune.UniformMagnitudePruner),
-    "SNIP": PruneMethod(prune.SNIPPruner, start="initial", cites=_bib(
+    "SNIP": PruneMethod(prune.SNIPPruner, start="initial", seeded=True, cites=_bib(
         "lee2019snip", "SNIP: Single-shot Network Pruning based on Connection Sensitivity",
         "Namhoon Lee and Thalaiyasingam Ajanthan and Philip H. S. Torr", 2019, "ICLR")),
-    "random": PruneMethod(lambda sparsity: prune.RandomPruner(sparsity, seed=0)),
-    "random, retrained": PruneMethod(lambda sparsity: prune.RandomPruner(sparsity, seed=0), start="initial"),
+    "random": PruneMethod(prune.RandomPruner, seeded=True),
+    "random, retrained": PruneMethod(prune.RandomPruner, start="initial", seeded=True),
 }  # fmt: skip
 
 
@@ -66,7 +72,8 @@ def _arm(task: Task, method: Method, options: Options) -> Arm:
         model = task.model(seed=trial.seed).to(trial.device)
         if start == "trained":
             model.load_state_dict(_trained(task, trial, model, options))
-        pruner = method.make(trial.setting, **trial.params)
+        seed = {"seed": trial.seed} if getattr(method, "seeded", False) else {}
+        pruner = method.make(trial.setting, **seed, **trial.params)
         if pruner is not None:
             batches = _Batches(task, trial)
             inputs = next(iter(batches))[0][:1]

@@ -45,8 +45,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from weightroom.errors import UsageError, unknown
-from weightroom.optim.base import check_dense, check_range
+from weightroom.errors import UsageError, check_range, unknown
+from weightroom.optim.base import check_dense
 
 __all__ = ["LionK", "lionk_objective"]
 

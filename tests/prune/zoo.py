@@ -1,0 +1,125 @@
+"""Small models of every kind that pruners meet, each with an input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class Residual(nn.Module):
+    """Convolution, batch norm and two residual blocks, one with a projection."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.down = nn.Conv2d(8, 12, 1, stride=2)
+        self.conv3 = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.bn3 = nn.BatchNorm2d(12)
+        self.head = nn.Linear(12, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.bn(self.stem(x)))
+        h = torch.relu(h + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(h))))))
+        h = torch.relu(self.down(h) + self.bn3(self.conv3(h)))
+        return self.head(h.mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    """A bidirectional LSTM and a linear head."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 10, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(20, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+class Attention(nn.Module):
+    """torch's own encoder layer: attention whose weight is a raw parameter and whose output layer is never called."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).mean(1))
+
+
+class Tied(nn.Module):
+    """An autoencoder whose two layers share one weight."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.encode = nn.Linear(6, 6)
+        self.decode = nn.Linear(6, 6)
+        self.decode.weight = self.encode.weight
+        self.head = nn.Linear(6, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.decode(torch.relu(self.encode(x)))))
+
+
+class Transformer(nn.Module):
+    """A small vision transformer of the transformers library."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        from transformers import ViTConfig, ViTForImageClassification
+
+        config = ViTConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4,
+            num_channels=1, num_labels=classes,
+        )  # fmt: skip
+        self.vit = ViTForImageClassification(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vit(pixel_values=x).logits
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8 * 16, 10), nn.ReLU(), nn.Linear(10, 4),
+    )  # fmt: skip
+
+
+def mobile() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 12, 1, groups=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+    )  # fmt: skip
+
+
+IMAGE, VECTOR, SEQUENCE = (1, 8, 8), (6,), (5, 6)
+ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (mlp, VECTOR),
+    "cnn": (cnn, IMAGE),
+    "residual": (Residual, IMAGE),
+    "mobile": (mobile, IMAGE),
+    "lstm": (Recurrent, SEQUENCE),
+    "attention": (Attention, (5, 8)),
+    "tied": (Tied, VECTOR),
+    "vit": (Transformer, IMAGE),
+}
+
+
+def make(name: str, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model, eight inputs and their labels."""
+    torch.manual_seed(seed)
+    factory, shape = ZOO[name]
+    return factory(), torch.randn(8, *shape), torch.randint(4, (8,))
