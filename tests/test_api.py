@@ -1,0 +1,169 @@
+"""What ``import weightroom as wr`` offers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import weightroom as wr
+from weightroom import api, record_verdicts
+from weightroom.errors import UsageError
+from weightroom.losses import LDRKLLoss
+from weightroom.optim import LionK
+from weightroom.weights import BoneConfig, bone
+
+ROOT = Path(__file__).parent.parent
+NAMES = (
+    "Task",
+    "Arm",
+    "Trial",
+    "Study",
+    "Expect",
+    "Claim",
+    "Verdict",
+    "Recipe",
+    "Method",
+    "compare",
+    "check",
+    "papers",
+    "cite",
+    "tasks",
+)
+
+
+def toy():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 4, generator=g), torch.arange(60) % 3
+    data = TensorDataset(x, y)
+    return wr.Task(
+        "toy",
+        model=lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)),
+        train=data,
+        test=data,
+        recipe={"epochs": 1},
+    )
+
+
+def test_names_are_there_whatever_was_imported_before():
+    before = "import weightroom.compare.prune, weightroom.papers.lion_k, weightroom.tasks.classify; "
+    for first in ("", before):
+        code = f"{first}import weightroom as wr; print([callable(getattr(wr, n)) for n in {NAMES}])"
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert out.strip() == str([True] * len(NAMES))
+
+
+def test_importing_weightroom_imports_nothing_heavy():
+    heavy = (
+        "torch",
+        "pandas",
+        "plotly",
+        "optuna",
+        "lightning_fabric",
+        "sklearn",
+        "scipy",
+        "ray",
+        "peft",
+        "ot",
+        "lifelines",
+        "torch_pruning",
+    )
+    code = f"import sys, weightroom; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_rooms_do_not_import_optional_packages():
+    optional = ("peft", "ot", "lifelines", "torch_pruning", "opendp", "ray", "monai", "transformers")
+    rooms = "optim, losses, prune, weights, transport, estimators, nets, data, metrics, train"
+    touch = f"for r in ({rooms}): [getattr(r, n) for n in r.__all__]"
+    code = f"import sys\nfrom weightroom import {rooms}\n{touch}\nprint([m for m in {optional} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_papers():
+    cards = {card.key: card for card in wr.papers()}
+    numbers = {
+        "lion-k": 47, "ldr": 17, "global-magnitude": 59, "bone": 20, "cv-sw": 13, "dp-kaplan-meier": 51, "mip-loss": 15,
+    }  # fmt: skip
+    assert numbers.items() <= {key: card.number for key, card in cards.items()}.items()
+    for card in cards.values():
+        assert all((card.title, card.authors, card.summary, card.claim, card.limits, card.parts))
+        for name in card.names():
+            module, _, attribute = name.rpartition(".")
+            assert getattr(__import__(module, fromlist=[attribute]), attribute) in card.parts
+
+
+def test_cite():
+    entry = api.paper("lion-k").bibtex
+    assert "2310.05898" in entry
+    layer = nn.Linear(8, 8)
+    for thing in ("lion-k", "weightroom.optim.LionK", LionK, LionK(layer.parameters()), wr.optim.lionk_objective):
+        assert wr.cite(thing) == entry
+    both = nn.ModuleList([bone(nn.Sequential(layer), BoneConfig(r=4)), LDRKLLoss()])
+    assert wr.cite(both).count("@") == 2
+    with pytest.raises(UsageError, match="nothing that is"):
+        wr.cite(nn.Linear(2, 2))
+    with pytest.raises(UsageError, match="did you mean"):
+        wr.cite("weightroom.optim.Lionk")
+    with pytest.raises(UsageError, match="did you mean 'lion-k'"):
+        wr.cite("lionk")
+
+
+def test_bibtex_is_well_formed():
+    for card in wr.papers():
+        text = card.bibtex
+        assert text.count("{") == text.count("}")
+        assert text.startswith("@")
+        assert f"{{{card.title}}}" in text
+
+
+def test_a_method_of_ones_own_joins_a_comparison(tmp_path):
+    mine = {"mine": wr.Method(lambda params, lr: torch.optim.SGD(params, lr=lr), {"lr": 0.1}, {"lr": [0.1, 0.2]})}
+    results = wr.compare("optimizer", toy, methods=mine, arms=["mine"], seeds=2, store=tmp_path, workers=1)
+    assert set(results.table().arm) == {"adamw", "mine"}
+    assert results.failed == 0
+    assert results.direction("nll") == -1
+
+
+def test_a_trained_module_is_pruned_as_it_is(tmp_path):
+    task = toy().with_(model=toy().model(seed=3))
+    results = wr.compare("prune", task, arms=["global magnitude"], sparsity=(0.5,), seeds=1, store=tmp_path, workers=1)
+    assert results.failed == 0
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_check_at_smoke_scale(tmp_path):
+    done = wr.check("lion-k", scale="smoke", store=tmp_path, report=tmp_path / "report.html", workers=2)
+    plain = json.loads(json.dumps(done.as_dict()))
+    assert plain["key"] == "lion-k"
+    assert plain["scale"] == "smoke"
+    assert plain["verdict"] in ("holds", "fails", "inconclusive")
+    assert {"statement", "verdict", "difference", "interval", "n"} <= set(plain["expectations"][0])
+    assert len(plain["trials"]) == len(done.frame)
+    assert (tmp_path / "report.html").stat().st_size > 1e6
+
+
+def test_a_record_keeps_what_a_reader_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "RECORDS", tmp_path)
+    assert api.recorded("small") == {}
+    assert record_verdicts.record(["lion-k"], "smoke", store=tmp_path / "runs", workers=2) == 0
+    found = api.recorded("smoke")["lion-k"]
+    assert found["n_trials"] > 0
+    assert found["seeds"]
+    assert {"torch", "python", "weightroom", "date"} <= set(found["environment"])
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="not in a checkout")
+def test_the_readme_shows_what_is_recorded():
+    text = (ROOT / "README.md").read_text()
+    shown = text.split(record_verdicts.BEGIN)[1].split(record_verdicts.END)[0].strip()
+    assert shown == record_verdicts.readme_table()
+
+
+def test_the_example_task_fits_together():
+    task = wr.tasks.load(ROOT / "examples" / "mine.py")
+    task.check()
