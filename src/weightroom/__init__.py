@@ -26,6 +26,7 @@ _STUDY = ("Arm", "Claim", "Expect", "Recipe", "Results", "Scale", "Study", "Task
 
 __all__ = [
     "Arm", "Check", "Claim", "Expect", "Method", "Recipe", "Results", "Scale", "Study", "Task", "Trial", "Verdict", "__version__", "check", "cite",
+    "compare", "papers", "tasks",
 ]  # fmt: skip
 
 __getattr__, __dir__ = attach(

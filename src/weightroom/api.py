@@ -26,6 +26,7 @@ from weightroom.errors import UsageError, unknown
 from weightroom.metrics import check_device
 from weightroom.papers.base import Paper
 from weightroom.study import Results, Scale, Study, Task, Verdict
+from weightroom.study.results import check_report
 from weightroom.study.stats import overall
 
 __all__ = ["Check", "check", "cite", "compare", "family", "paper", "papers", "recorded", "study_of", "tasks"]
@@ -82,12 +83,15 @@ def compare(
         UsageError: something is unknown or out of range.
         TaskError: the task cannot be loaded or does not fit together.
     """
+    _check_how(how)
+    arms = [arms] if isinstance(arms, str) else arms
+    sparsity = (sparsity,) if isinstance(sparsity, int | float) else sparsity
     study = study_of(
         name, task, arms=arms, methods=methods, sparsity=sparsity, metric=metric, epochs=epochs, seeds=seeds, tune=tune, scale=scale,
         label_noise=label_noise, imbalance=imbalance, samples=samples, download=download, device=how.get("device", "cpu"),
     )  # fmt: skip
-    if report is not None and Path(report).suffix not in (".html", ".htm"):
-        raise UsageError(f"report must be a path that ends in .html, got {str(report)!r}")
+    if report is not None:
+        check_report(report)
     results = study.run(store, **how)
     results.environment = {**results.environment, "command": _command()}
     if report is not None:
@@ -170,8 +174,7 @@ class Check:
         """Writes one HTML page for all studies, see ``Results.report``."""
         from weightroom.study.report import write_many
 
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = check_report(path)
         write_many(self.results, path, title=self.paper.title)
         return path
 
@@ -209,7 +212,10 @@ def check(
     Raises:
         UsageError: no paper of that key, no such scale.
     """
+    _check_how(how)
     chosen, scale = paper(key), Scale.of(scale)
+    if report is not None:
+        check_report(report)
     made = _module(key).study(scale)
     results = []
     for study in made if isinstance(made, list) else [made]:
@@ -301,8 +307,15 @@ def _imported(path: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, TypeError, ValueError):
         raise unknown("import path", path, [name for p in papers() for name in p.names()]) from None
+
+
+def _check_how(how: Mapping[str, Any]) -> None:
+    accepted = [name for name, p in inspect.signature(Study.run).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for name in how:
+        if name not in accepted:
+            raise unknown("argument", name, accepted)
 
 
 def _command() -> str | None:

@@ -14,6 +14,9 @@ from typing import Any
 
 __all__ = ["MissingExtraError", "StoreError", "TaskError", "UsageError", "WeightroomError", "check_range", "unknown"]
 
+#: Names that an error lists at the most.
+SHOWN = 16
+
 
 class WeightroomError(Exception):
     """Base of the errors that weightroom raises for its user."""
@@ -44,7 +47,7 @@ class MissingExtraError(WeightroomError, ImportError):
         super().__init__(f"{what} needs {package}: pip install 'weightroom[{extra}]'")
 
 
-def unknown(kind: str, given: str, accepted: Iterable[str]) -> UsageError:
+def unknown(kind: str, given: object, accepted: Iterable[object]) -> UsageError:
     """Returns the error for a name that does not exist, with the nearest that does.
 
     Args:
@@ -52,10 +55,11 @@ def unknown(kind: str, given: str, accepted: Iterable[str]) -> UsageError:
         given: the name that was given.
         accepted: every name that would have been accepted.
     """
-    names = sorted(accepted)
+    names, given = sorted(str(name) for name in accepted), str(given)
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return UsageError(f"unknown {kind} {given!r}: {hint}accepted: {', '.join(names) or 'none'}")
+    more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
+    return UsageError(f"unknown {kind} {given!r}: {hint}accepted: {', '.join(names[:SHOWN]) or 'none'}{more}")
 
 
 def check_range(

@@ -101,7 +101,9 @@ def test_a_users_own_task_from_a_file(capsys, tmp_path):
 @pytest.mark.parametrize("family", ["loss", "optimizer", "adapt"])
 def test_every_family_runs(capsys, tmp_path, family):
     path = tmp_path / "mine.py"
-    path.write_text(GOOD.replace("nn.Linear(4, 3)", "nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))"))
+    path.write_text(
+        GOOD.replace("nn.Linear(4, 3)", "nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))")
+    )
     code, out, _ = run(capsys, "compare", family, "--task", path, "--seeds", 1, "--scale", "smoke", "--store", tmp_path, "--json")
     found = json.loads(out)
     assert code == 0, [t["reason"] for t in found["trials"]]

@@ -5,6 +5,7 @@ Results go to stdout (with ``--json`` as JSON and nothing else), everything else
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -77,7 +78,7 @@ class _Numbers(click.ParamType):
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(float(part) for part in value.split(",") if part.strip())
+            return tuple(float(part) for part in value.split(","))
         except ValueError:
             raise UsageError(
                 f"--{param.name if param else 'value'} takes numbers with commas between them, like 0.8,0.9, got {value!r}"
@@ -90,11 +91,7 @@ class _Names(click.ParamType):
     name = "names"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        return (
-            value
-            if isinstance(value, tuple)
-            else tuple(part.strip() for part in value.split(";" if ";" in value else ",") if part.strip())
-        )
+        return value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(";" if ";" in value else ","))
 
 
 def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -170,11 +167,13 @@ def compare(
     from weightroom import api
     from weightroom.cli import show
 
-    results = api.compare(
-        family, given.pop("task"), seeds=5 if seeds is None else seeds, tune=tune or 0, memory_limit=_bytes(memory_limit), report=report, **given
-    )  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr):
+        results = api.compare(
+            family, given.pop("task"), seeds=5 if seeds is None else seeds, tune=tune or 0, memory_limit=_bytes(memory_limit), report=report, **given
+        )  # fmt: skip
     if as_json:
         _print_json(show.compare_json(results))
+        show.failures([results])
     else:
         show.comparison(results, api.family(family).costs)
     return _code([results], report)
@@ -188,9 +187,11 @@ def check(key: str, as_json: bool, debug: bool, memory_limit: float | None, repo
     from weightroom import api
     from weightroom.cli import show
 
-    done = api.check(key, memory_limit=_bytes(memory_limit), report=report, **given)
+    with contextlib.redirect_stdout(sys.stderr):
+        done = api.check(key, memory_limit=_bytes(memory_limit), report=report, **given)
     if as_json:
         _print_json(done.as_dict())
+        show.failures(done.results)
     else:
         show.verdicts(done)
     return _code(done.results, report)
@@ -267,11 +268,11 @@ def verdicts(
     if report is not None:
         raise UsageError("--report belongs to one paper: weightroom check KEY --report FILE.html")
     failed = 0
+    for key in keys:
+        api.paper(key)
     if record:
         failed = record_verdicts.record(keys, scale, memory_limit=_bytes(memory_limit), **given)
     found = api.recorded(scale)
-    for key in keys:
-        api.paper(key)
     found = {key: value for key, value in found.items() if not keys or key in keys}
     if as_json:
         _print_json(found)

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from weightroom.papers.base import Paper
     from weightroom.study import Results
 
-__all__ = ["card", "card_json", "cards", "compare_json", "comparison", "frame", "pairs", "recorded", "verdicts"]
+__all__ = ["card", "card_json", "cards", "compare_json", "comparison", "failures", "frame", "pairs", "recorded", "verdicts"]
 
+#: Columns from which the costs stand beside the metric instead of below.
+WIDE = 120
 _MARK = {"holds": "[green]holds[/]", "fails": "[red]fails[/]", "inconclusive": "[yellow]inconclusive[/]"}
 
 
@@ -39,26 +41,32 @@ def comparison(results: Results, costs: Sequence[str]) -> None:
             )
             shown = Table(title=escape(title), title_justify="left", caption_justify="left")
             shown.add_column("", justify="right")
-            shown.add_column("arm")
-            shown.add_column(f"{study.metric} [95 %]", justify="right")
-            shown.add_column(f"better than {study.baseline} by [95 %]", justify="right")
+            shown.add_column("arm", overflow="fold", min_width=10)
+            shown.add_column(f"{study.metric} [95 %]", justify="right", overflow="fold", min_width=18)
+            shown.add_column(f"better than {study.baseline} by [95 %]", justify="right", overflow="fold", min_width=20)
             shown.add_column("n", justify="right")
             present = [cost for cost in costs if cost in table]
-            for cost in present:
+            narrow = out.width < WIDE
+            for cost in () if narrow else present:
                 shown.add_column(cost.replace("_", " "), justify="right")
             for row in table.to_dict("records"):
                 fail = f" [red]({row['failed']} failed)[/]" if row["failed"] else ""
                 shown.add_row(
                     "" if _missing(row["rank"]) else str(int(row["rank"])), escape(row["arm"]) + fail, _spread(row["mean"], row["low"], row["high"]),
                     _spread(row["difference"], row["difference_low"], row["difference_high"], sign=True), str(row["n"]),
-                    *(cost_text(cost, row[cost]) for cost in present),
+                    *(cost_text(cost, row[cost]) for cost in (() if narrow else present)),
                 )  # fmt: skip
             out.print(shown)
+            if narrow and present:
+                spent = Table("arm", *(cost.replace("_", " ") for cost in present), title="cost", title_justify="left")
+                for row in table.to_dict("records"):
+                    spent.add_row(escape(row["arm"]), *(cost_text(cost, row[cost]) for cost in present))
+                out.print(spent)
             if variant == "tuned":
                 for arm in study.arms:
                     params = ", ".join(f"{k} = {_short(v)}" for k, v in results.parameters(arm, setting).items())
                     out.print(f"  {escape(arm)}: {escape(params) or 'nothing to choose'}", style="dim")
-    _failures(results)
+    failures([results])
 
 
 def verdicts(done: Check) -> None:
@@ -70,8 +78,7 @@ def verdicts(done: Check) -> None:
         table.add_row(escape(v.statement), _MARK[v.verdict], _spread(v.difference, *v.interval), str(v.n), escape(v.reason))
     out.print(table)
     out.print(f"all claims together: {_MARK[done.verdict]}")
-    for results in done.results:
-        _failures(results)
+    failures(done.results)
 
 
 def cards(found: Sequence[Mapping[str, Any]]) -> None:
@@ -187,9 +194,12 @@ def cost_text(cost: str, value: float) -> str:
     return f"{value:g}"
 
 
-def _failures(results: Results) -> None:
-    bad = results.frame[results.frame.status == "failed"]
-    if len(bad):
+def failures(all_results: Sequence[Results]) -> None:
+    """Says on stderr which trials failed, and why."""
+    for results in all_results:
+        bad = results.frame[results.frame.status == "failed"]
+        if not len(bad):
+            continue
         out = Console(stderr=True)
         out.print(
             f"[red]{len(bad)} of {len(results.frame)} trials failed[/] ({escape(results.study.name)}); --retry-failed runs them once more"

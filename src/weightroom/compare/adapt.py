@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from weightroom.compare.base import Family, Method, Options, measure, train_by_recipe
-from weightroom.errors import MissingExtraError
+from weightroom.errors import MissingExtraError, UsageError
 from weightroom.study import Arm, Task, Trial
 
 __all__ = ["FAMILY", "Turned"]
@@ -85,17 +85,18 @@ class Turned(Dataset):
     def __getitem__(self, index: Any) -> tuple[Tensor, ...]:
         """The sample, its input turned."""
         x, *rest = self.dataset[index]
+        x = torch.as_tensor(x)
         return (torch.rot90(x, 1, (-2, -1)) if x.ndim >= 3 else x.flip(-1)), *rest
 
 
-def _arm(task: Task, method: Method, options: Options) -> Arm:
+def _arm(task: Task, method: Method, epochs: int | None) -> Arm:
     def run(trial: Trial) -> dict[str, float]:
         model, target = _start(task, trial)
         hyper = dict(trial.params)
         lr = hyper.pop("lr")
         adapted = method.make(model, **hyper)
         moved = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        train_by_recipe(target, trial, adapted, lr=lr, epochs=options.epochs)
+        train_by_recipe(target, trial, adapted, lr=lr, epochs=epochs)
         return {**measure(target, trial, adapted), "trainable": moved}
 
     return Arm(run, method.defaults, method.space, method.cites)
@@ -120,7 +121,11 @@ def _start(task: Task, trial: Trial) -> tuple[nn.Module, Task]:
 
 def arms(task: Task, methods: Mapping[str, Method], options: Options) -> tuple[dict[str, Arm], dict[str, Any]]:
     """Returns an arm per method, under one setting."""
-    return {name: _arm(task, method, options) for name, method in methods.items()}, {"": None}
+    if len(_linears(task.model())) < 2:
+        raise UsageError(
+            "adapters need a model with at least two linear layers, the last of which is the head; this one has fewer"
+        )
+    return {name: _arm(task, method, options.epochs) for name, method in methods.items()}, {"": None}
 
 
 FAMILY = Family(

@@ -42,12 +42,12 @@ BASELINES = {
 }
 
 
-def _arm(task: Task, method: Method, options: Options) -> Arm:
+def _arm(task: Task, method: Method, epochs: int | None) -> Arm:
     def run(trial: Trial) -> dict[str, float]:
         model = task.model(seed=trial.seed)
         hyper = dict(trial.params)
         lr = hyper.pop("lr", None)
-        train_by_recipe(task, trial, model, loss=method.make(task, **hyper), lr=lr, epochs=options.epochs)
+        train_by_recipe(task, trial, model, loss=method.make(task, **hyper), lr=lr, epochs=epochs)
         return measure(task, trial, model)
 
     return Arm(run, {"lr": task.recipe.lr, **method.defaults}, method.space, method.cites)
@@ -57,7 +57,7 @@ def arms(task: Task, methods: Mapping[str, Method], options: Options) -> tuple[d
     """Returns an arm per method, under one setting; the task's own loss only where it is not cross-entropy."""
     plain = isinstance(task.loss, nn.CrossEntropyLoss)
     kept = {name: method for name, method in methods.items() if name != ("task's own" if plain else "cross-entropy")}
-    return {name: _arm(task, method, options) for name, method in kept.items()}, {"": None}
+    return {name: _arm(task, method, options.epochs) for name, method in kept.items()}, {"": None}
 
 
 FAMILY = Family(

@@ -30,12 +30,10 @@ BASELINES = {
 }
 
 
-def _arm(task: Task, method: Method, options: Options) -> Arm:
+def _arm(task: Task, method: Method, epochs: int | None) -> Arm:
     def run(trial: Trial) -> dict[str, float]:
         model = task.model(seed=trial.seed)
-        train_by_recipe(
-            task, trial, model, optimizer=lambda params: method.make(list(params), **trial.params), epochs=options.epochs
-        )
+        train_by_recipe(task, trial, model, optimizer=lambda params: method.make(list(params), **trial.params), epochs=epochs)
         return measure(task, trial, model)
 
     return Arm(run, method.defaults, method.space, method.cites)
@@ -43,7 +41,7 @@ def _arm(task: Task, method: Method, options: Options) -> Arm:
 
 def arms(task: Task, methods: Mapping[str, Method], options: Options) -> tuple[dict[str, Arm], dict[str, Any]]:
     """Returns an arm per method, under one setting."""
-    return {name: _arm(task, method, options) for name, method in methods.items()}, {"": None}
+    return {name: _arm(task, method, options.epochs) for name, method in methods.items()}, {"": None}
 
 
 FAMILY = Family(

@@ -65,13 +65,13 @@ BASELINES = {
 }  # fmt: skip
 
 
-def _arm(task: Task, method: Method, options: Options) -> Arm:
+def _arm(task: Task, method: Method, epochs: int | None) -> Arm:
     start = getattr(method, "start", "trained")
 
     def run(trial: Trial) -> dict[str, float]:
         model = task.model(seed=trial.seed).to(trial.device)
         if start == "trained":
-            model.load_state_dict(_trained(task, trial, model, options))
+            model.load_state_dict(_trained(task, trial, model, epochs))
         seed = {"seed": trial.seed} if getattr(method, "seeded", False) else {}
         pruner = method.make(trial.setting, **seed, **trial.params)
         if pruner is not None:
@@ -79,7 +79,7 @@ def _arm(task: Task, method: Method, options: Options) -> Arm:
             inputs = next(iter(batches))[0][:1]
             plan = pruner.fit(model, batches, example_inputs=inputs, loss_fn=task.loss)
             plan.apply(model, mode="mask")
-        train_by_recipe(task, trial, model, epochs=_epochs(task, options, start))
+        train_by_recipe(task, trial, model, epochs=_epochs(task, epochs, start))
         trial.spend(trainings=1.0)
         return {**measure(task, trial, model), "sparsity": 0.0 if pruner is None else plan.sparsity()}
 
@@ -97,22 +97,20 @@ class _Batches:
             yield tuple(x.to(self.trial.device) for x in batch)
 
 
-def _trained(task: Task, trial: Trial, model: nn.Module, options: Options) -> dict[str, Tensor]:
+def _trained(task: Task, trial: Trial, model: nn.Module, epochs: int | None) -> dict[str, Tensor]:
     if isinstance(task.model.source, nn.Module):
         return model.state_dict()
 
     def make() -> dict[str, Tensor]:
         dense = copy.deepcopy(model)
-        train_by_recipe(task, Trial(trial.seed, trial.scale, device=trial.device), dense, epochs=options.epochs, log=False)
+        train_by_recipe(task, Trial(trial.seed, trial.scale, device=trial.device), dense, epochs=epochs, log=False)
         return dense.state_dict()
 
-    return trial.cached(
-        "dense", make, task=task, seed=trial.seed, scale=trial.scale.value, device=trial.device, epochs=options.epochs
-    )
+    return trial.cached("dense", make, task=task, seed=trial.seed, scale=trial.scale.value, device=trial.device, epochs=epochs)
 
 
-def _epochs(task: Task, options: Options, start: str) -> int:
-    full = task.recipe.epochs if options.epochs is None else options.epochs
+def _epochs(task: Task, epochs: int | None, start: str) -> int:
+    full = task.recipe.epochs if epochs is None else epochs
     tuning = max(1, round(FINE_TUNE * full))
     return tuning if start == "trained" else full + tuning
 
@@ -125,7 +123,7 @@ def arms(task: Task, methods: Mapping[str, Method], options: Options) -> tuple[d
             raise UsageError(f"sparsity must be in [0, 1), got {sparsity:g}: it is the share of weights that is removed")
     if len(set(points)) != len(points):
         raise UsageError(f"every sparsity may be given once, got {', '.join(f'{s:g}' for s in points)}")
-    return {name: _arm(task, method, options) for name, method in methods.items()}, {f"{s:g}": float(s) for s in points}
+    return {name: _arm(task, method, options.epochs) for name, method in methods.items()}, {f"{s:g}": float(s) for s in points}
 
 
 FAMILY = Family(

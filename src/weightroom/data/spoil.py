@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from weightroom.errors import TaskError, UsageError
 
-__all__ = ["gather", "imbalance", "noisy_labels", "split", "take", "targets"]
+__all__ = ["gather", "imbalance", "in_memory", "noisy_labels", "split", "take", "targets"]
 
 
 def gather(dataset: Dataset, indices: Tensor) -> list[Tensor]:
@@ -25,6 +25,11 @@ def gather(dataset: Dataset, indices: Tensor) -> list[Tensor]:
         inputs, *_ = gather(dataset.dataset, indices)
         return [inputs, dataset.labels[indices]]
     return list(torch.utils.data.default_collate([dataset[i] for i in indices.tolist()]))
+
+
+def in_memory(dataset: Dataset) -> bool:
+    """Whether reading every sample costs nothing worth mentioning."""
+    return isinstance(dataset, TensorDataset) or (isinstance(dataset, Subset | Relabelled) and in_memory(dataset.dataset))
 
 
 class Relabelled(Dataset):

@@ -52,7 +52,7 @@ Normalize = Literal["softplus-mean", "abs-mean"] | None
 
 _LN2 = math.log(2.0)
 _SMOOTH = 1e-5  # added to the weights before the logarithm, as in the authors' code
-_FLOOR = {"softplus-mean": 1e-20, "abs-mean": 1e-6}  # least mean to divide by
+_FLOOR = {"softplus-mean": 1e-20, "abs-mean": 1e-4}  # least mean to divide by
 _LEAST, _MOST = 1e-15, 1e30  # below and above, lambda is 0 and infinite to any precision
 _FUSED_MOST = 100.0  # above it the fused value, lambda times a small difference, loses too many digits in float32
 

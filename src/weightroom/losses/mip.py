@@ -37,6 +37,7 @@ Reduction = Literal["mean", "sum", "none"]
 Axes = str | tuple[int, ...]
 
 _AXES: dict[str, int] = {"x": 0, "y": 1, "z": 2}
+_SLACK = 1e-3  # by which a probability may be out of [0, 1]
 _EPS = 1e-7  # below it the power is continued by a straight line, whose slope is finite
 
 
@@ -100,8 +101,8 @@ class FocalTverskyLoss(nn.Module):
         - output: scalar, or (B,) for "none"; float32 for inputs of 16 bits.
 
     Raises:
-        ValueError: an argument is out of its range, the shapes differ, or ``target`` has values outside [0, 1] (this last is
-            looked at on the CPU only, where it costs no synchronisation).
+        ValueError: an argument is out of its range, the shapes differ, or ``target`` or the probabilities are outside [0, 1]
+            (this last is looked at on the CPU only, where it costs no synchronisation).
         TypeError: ``pred`` is not floating point.
     """
 
@@ -127,7 +128,10 @@ class FocalTverskyLoss(nn.Module):
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """Returns the loss, see the class."""
         _check_pair(pred, target)
-        _check_range("target", target)
+        if not self.sigmoid:
+            _check_probabilities(pred)
+        _check_probabilities(pred)
+    _check_range("target", target)
         return self._value(pred, target)
 
     def _value(self, pred: Tensor, target: Tensor) -> Tensor:
@@ -188,7 +192,7 @@ class MIPLoss(nn.Module):
     def __init__(
         self,
         base: nn.Module | None = None,
-        axes: Axes = "multi",
+        axes: Axes = "z",
         reduction: Reduction = "mean",
         axis_reduction: Literal["sum", "mean"] = "sum",
     ) -> None:
@@ -201,6 +205,8 @@ class MIPLoss(nn.Module):
     def forward(self, pred: Tensor, target: Tensor, mip_target: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """Returns the loss, see the class."""
         _check_pair(pred, target)
+        if isinstance(self.base, FocalTverskyLoss) and not self.base.sigmoid:
+            _check_probabilities(pred)
         if mip_target is None:
             _check_range("target", target)
         return self._value(pred, self._targets(target, mip_target))
@@ -319,6 +325,9 @@ class SPOCKMIPLoss(nn.Module):
     ) -> Tensor:
         """Returns the loss, see the class."""
         probabilities = self._probabilities(pred, target)
+        if self.activation == "none":
+            for P in probabilities:
+                _check_probabilities(P)
         _check_range("target", target)
         projected = self.mip._targets(target, mip_target) if self.mip_weight else ()
         total = torch.zeros((), device=target.device)
@@ -391,9 +400,11 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
         volume, *maxima = (t.detach() for t in ctx.saved_tensors)
-        total = None
+        mask = total = None
         for dim, top, grad in zip(ctx.dims, maxima, grads, strict=True):
-            mask = torch.eq(volume, top.unsqueeze(dim), out=torch.empty_like(volume))
+            if mask is None or torch.is_grad_enabled():  # a second derivative will ask for each mask
+                mask = torch.empty_like(volume)
+            torch.eq(volume, top.unsqueeze(dim), out=mask)
             share = (grad / mask.sum(dim)).unsqueeze(dim)
             total = mask * share if total is None else total.addcmul_(mask, share)
         return total, None
@@ -438,8 +449,19 @@ def _check_pair(pred: Tensor, target: Tensor) -> None:
         raise TypeError(f"pred must be floating point, got {pred.dtype}")
     if pred.shape != target.shape:
         raise ValueError(f"pred and target must have the same shape, got {tuple(pred.shape)} and {tuple(target.shape)}")
-    if pred.ndim < 2:
-        raise ValueError(f"pred must have shape (B, C, *), got {tuple(pred.shape)}")
+    if pred.ndim < 2 or pred.numel() == 0:
+        raise ValueError(f"pred must have shape (B, C, *) without a dimension of size 0, got {tuple(pred.shape)}")
+
+
+def _check_probabilities(pred: Tensor) -> None:
+    """Logits taken for probabilities would give a loss of 0 without a gradient."""
+    if pred.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = torch.aminmax(pred.detach())
+        if low < -_SLACK or high > 1 + _SLACK:
+            raise ValueError(
+                f"pred must hold probabilities in [0, 1], got values from {low.item():g} to {high.item():g}: "
+                "take the sigmoid of logits, or say sigmoid=True"
+            )
 
 
 def _check_range(name: str, target: Tensor) -> None:

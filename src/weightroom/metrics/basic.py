@@ -56,6 +56,8 @@ _NAMED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     f.__name__: f for f in (accuracy, top5, balanced_accuracy, nll, mse, mae, r2)
 }
 _LOWER = (nll, mse, mae)
+#: Metrics that compare logits with class labels.
+CLASSIFICATION = (accuracy, top5, balanced_accuracy, nll)
 
 
 def minimised(metric: Callable[..., Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sized
 from typing import Any, cast
 
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from weightroom.data import gather
+from weightroom.data import gather, in_memory
 from weightroom.errors import TaskError, UsageError
+from weightroom.metrics.basic import CLASSIFICATION
 
 __all__ = ["check_device", "check_fit", "device_of", "predict"]
+
+#: Samples whose labels are looked at where reading them all would take long.
+SAMPLED = 2000
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -62,23 +67,46 @@ def predict(model: nn.Module, dataset: Dataset, *, batch_size: int = 256) -> tup
 
 def check_fit(
     model: nn.Module,
-    dataset: Dataset,
+    splits: Mapping[str, Dataset],
     loss: Callable[[Tensor, Tensor], Tensor],
     metrics: Mapping[str, Callable[[Tensor, Tensor], Any]],
     *,
     batch_size: int = 8,
     device: str = "cpu",
 ) -> None:
-    """Runs a batch through model, loss and metrics.
+    """Runs a batch of each split through model, loss and metrics.
+
+    Args:
+        model: in eval mode for the call.
+        splits: name -> data set; the first is the training data.
+        loss: of the training.
+        metrics: name -> function of outputs and targets.
+        batch_size: samples to try.
+        device: where to compute.
 
     Raises:
         TaskError: says which of them does not fit, with the shapes that were seen.
     """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TaskError("the model has no parameters to train")
+    for name, dataset in splits.items():
+        _check_split(model, name, dataset, loss, metrics, batch_size, device)
+
+
+def _check_split(
+    model: nn.Module, name: str, dataset: Dataset, loss: Callable[[Tensor, Tensor], Tensor],
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Any]], batch_size: int, device: str,
+) -> None:  # fmt: skip
     count = min(batch_size, len(cast(Sized, dataset)))
-    sample = _try("the data set cannot be read: train[0]", lambda: cast(Any, dataset)[0])
+    sample = _try(f"the data set cannot be read: {name}[0]", lambda: cast(Any, dataset)[0])
     if not isinstance(sample, tuple | list) or len(sample) < 2:
-        raise TaskError(f"a sample of train must be a pair (input, target), got {type(sample).__name__}")
-    fields = _try("the samples of train cannot be stacked", lambda: gather(dataset, torch.arange(count)))
+        raise TaskError(f"a sample of {name} must be a pair (input, target), got {type(sample).__name__}")
+    fields = _try(f"the samples of {name} cannot be stacked", lambda: gather(dataset, torch.arange(count)))
+    for part, field in zip(("input", "target"), fields, strict=False):
+        if not isinstance(field, Tensor):
+            raise TaskError(
+                f"the {part} of a sample of {name} must be a tensor, an array or a number, got {type(sample[part == 'target']).__name__}"
+            )
     model.to(device)
     inputs, target = fields[0].to(device), fields[1].to(device)
     training = model.training
@@ -92,26 +120,36 @@ def check_fit(
     if outputs.shape[0] != count:
         raise TaskError(f"the model's output has the wrong shape: for {count} samples it has {outputs.shape[0]} rows; {seen}")
     if _is_labels(target) and isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and outputs.ndim == target.ndim + 1:
-        _check_labels(dataset, outputs.shape[1], loss.ignore_index)
-    value = _try(f"the loss does not fit the model's output: {seen}", lambda: loss(outputs, target))
+        _check_labels(name, dataset, outputs.shape[1], loss.ignore_index)
+    if target.is_floating_point() and (odd := [m for m, f in metrics.items() if f in CLASSIFICATION]):
+        raise TaskError(
+            f"metric {odd[0]!r} needs class labels, but the targets are {target.dtype}: say metrics=['mse'], for instance"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Using a target size")  # torch would broadcast, and train towards nonsense
+        value = _try(f"the loss does not fit the model's output: {seen}", lambda: loss(outputs, target))
     if not isinstance(value, Tensor) or value.ndim != 0:
         raise TaskError(f"the loss must return a scalar tensor, got {getattr(value, 'shape', type(value).__name__)}")
     if not math.isfinite(float(value)):
         raise TaskError(f"the loss of the untrained model is {float(value)}; {seen}")
-    for name, metric in metrics.items():
-        _try(f"metric {name!r} does not fit the model's output: {seen}", functools.partial(_number, metric, outputs, target))
+    for metric_name, metric in metrics.items():
+        _try(
+            f"metric {metric_name!r} does not fit the model's output: {seen}", functools.partial(_number, metric, outputs, target)
+        )
 
 
 def _number(metric: Callable[[Tensor, Tensor], Any], outputs: Tensor, target: Tensor) -> float:
     return float(metric(outputs, target))
 
 
-def _check_labels(dataset: Dataset, classes: int, ignore: int) -> None:
-    labels = torch.cat([gather(dataset, i)[1].flatten() for i in torch.arange(len(cast(Sized, dataset))).split(1024)])
+def _check_labels(name: str, dataset: Dataset, classes: int, ignore: int) -> None:
+    n = len(cast(Sized, dataset))
+    looked_at = torch.arange(n) if in_memory(dataset) else torch.linspace(0, n - 1, min(n, SAMPLED)).long()
+    labels = torch.cat([gather(dataset, i)[1].flatten() for i in looked_at.split(1024)])
     labels = labels[labels != ignore]
     if len(labels) and (labels.min() < 0 or labels.max() >= classes):
         raise TaskError(
-            f"labels out of range: train has labels from {int(labels.min())} to {int(labels.max())}, "
+            f"labels out of range: {name} has labels from {int(labels.min())} to {int(labels.max())}, "
             f"but the model has {classes} outputs, so they must lie in 0..{classes - 1}"
         )
 

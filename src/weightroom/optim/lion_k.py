@@ -378,7 +378,7 @@ class LionK(Optimizer):
             if not params:
                 continue
             grads = [cast(Tensor, p.grad) for p in params]
-            check_dense(grads, "LionK")
+            check_dense(grads, "LionK (Lion-K)")
             for p in params:
                 if not self.state[p]:
                     self.state[p]["exp_avg"] = torch.zeros_like(p)

@@ -172,26 +172,38 @@ class Study:
 
     def __post_init__(self) -> None:
         self.scale = Scale.of(self.scale)
+        for name in ("arms", "metrics", "settings"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise UsageError(f"{name} must be a mapping of names, got {type(getattr(self, name)).__name__}")
+        if not isinstance(self.metric, str):
+            raise UsageError(f"metric must be a name, got {self.metric!r}")
         if not self.arms:
             raise UsageError(f"study {self.name!r} has no arms")
         self.arms = {name: arm if isinstance(arm, Arm) else Arm(arm) for name, arm in self.arms.items()}
-        if isinstance(self.seeds, int):
+        if isinstance(self.seeds, int) and not isinstance(self.seeds, bool):
             if self.seeds < 1:
                 raise UsageError(f"seeds must be >= 1, got {self.seeds}")
             self.seeds = tuple(range(self.seeds))
+        if (
+            not isinstance(self.seeds, Sequence | range)
+            or isinstance(self.seeds, str)
+            or not all(isinstance(s, int) for s in self.seeds)
+        ):
+            raise UsageError(f"seeds must be an integer >= 1 or a sequence of integers, got {self.seeds!r}")
         self.seeds = tuple(self.seeds)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise UsageError(f"seeds must be different integers >= 0, got {self.seeds}")
         if self.max_seeds is not None and self.max_seeds < len(self.seeds):
             raise UsageError(f"max_seeds must be >= seeds, got {self.max_seeds} < {len(self.seeds)}")
-        if self.tune < 0:
-            raise UsageError(f"tune must be >= 0, got {self.tune}")
+        if not isinstance(self.tune, int) or self.tune < 0:
+            raise UsageError(f"tune must be an integer >= 0, got {self.tune!r}")
         if not 0 < self.alpha < 1:
             raise UsageError(f"alpha must be in (0, 1), got {self.alpha}")
         for name, direction in {self.metric: self.direction, **self.metrics}.items():
             if direction not in ("max", "min"):
                 raise unknown(f"direction of metric {name!r}:", str(direction), ("max", "min"))
         self.metrics = {self.metric: self.direction, **{k: v for k, v in self.metrics.items() if k != self.metric}}
+        self.settings = {str(name): value for name, value in self.settings.items()}
         if not self.settings:
             raise UsageError(f"study {self.name!r} has an empty mapping of settings; leave it out for a single one")
         if self.baseline is None:

@@ -19,7 +19,7 @@ import cloudpickle
 import pebble
 import psutil
 
-from weightroom.errors import MissingExtraError, UsageError, unknown
+from weightroom.errors import MissingExtraError, StoreError, UsageError, unknown
 from weightroom.study.store import Outcome
 from weightroom.study.worker import Job, Parcel, prepare, run_job
 
@@ -95,6 +95,8 @@ class _Local(_Futures):
             return failed(f"took longer than the time limit of {self.time_limit:g} s")
         except pebble.ProcessExpired as error:
             return failed(_died(error.exitcode))
+        except StoreError:
+            raise
         except Exception as error:
             return failed(f"its outcome could not be returned ({type(error).__name__}: {error})")
 
@@ -156,6 +158,10 @@ class _Ray:
             return failed("its worker process died")
         except self.ray.exceptions.OutOfMemoryError:
             return failed("ran out of memory")
+        except self.ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, StoreError):
+                raise error.cause from None
+            return failed(f"Ray could not run it: {error.cause}")
         except self.ray.exceptions.RayError as error:
             return failed(f"Ray could not run it: {str(error).strip().splitlines()[0]}")
 

@@ -18,7 +18,28 @@ from weightroom.study.expect import Claim
 from weightroom.study.stats import Sample, Verdict, decide, interval, looks, overall
 from weightroom.study.store import Outcome, TrialKey
 
-__all__ = ["Entry", "Results"]
+__all__ = ["Entry", "Results", "check_report"]
+
+
+def check_report(path: str | Path) -> Path:
+    """Returns the path of a report after making its folder and seeing that it can be written.
+
+    Raises:
+        UsageError: it does not end in ``.html``, or cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".html", ".htm"):
+        raise UsageError(f"report must be a path that ends in .html, got {str(path)!r}")
+    new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise UsageError(f"report {path} cannot be written ({error.strerror}): choose another path") from error
+    if new:
+        path.unlink()
+    return path
+
 
 #: Level of the intervals in tables, each on its own (verdicts share their error rate).
 LEVEL = 0.95
@@ -168,14 +189,8 @@ class Results:
         """
         from weightroom.study.report import write
 
-        path = Path(path)
-        if path.suffix not in (".html", ".htm"):
-            raise UsageError(f"report must be a path that ends in .html, got {str(path)!r}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(self, path)
-        except OSError as error:
-            raise UsageError(f"report {path} cannot be written ({error.strerror})") from error
+        path = check_report(path)
+        write(self, path)
         return path
 
     @cached_property

@@ -89,14 +89,16 @@ class Store:
 
     Args:
         folder: made when it is not there.
-        create: whether it may be made; without, a missing store is an error.
+        create: whether it may be made; without, a missing store is an error, and it is only read.
         patience: seconds to wait for a lock that somebody else holds.
 
     Raises:
         StoreError: the store is missing, read-only, locked, damaged or newer than this version of weightroom.
     """
 
-    def __init__(self, folder: str | Path, *, create: bool = True, patience: float = 10.0) -> None:
+    def __init__(self, folder: str | Path, *, create: bool = True, patience: float = 5.0) -> None:
+        if not str(folder).strip():
+            raise StoreError("store must name a folder, got an empty string")
         self.folder = Path(folder)
         self.path = self.folder / FILE
         if not create and not self.path.exists():
@@ -108,18 +110,14 @@ class Store:
                 f"store {self.folder} cannot be made ({error.strerror}): choose another folder with --store"
             ) from error
         self.owner = f"{platform.node()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
-        self._open(patience)
+        self._open(patience) if create else self._open_to_read(patience)
 
     @_translated
     def _open(self, patience: float) -> None:
         _check_whole(self.path)
         self.db = sqlite3.connect(self.path, timeout=patience, isolation_level=None)
         version = self.db.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA:
-            raise StoreError(
-                f"store {self.path} was written by a newer weightroom (format {version}, this one reads up to {SCHEMA}): "
-                "upgrade weightroom, or choose another folder with --store"
-            )
+        self._check_version(version)
         self.db.execute("PRAGMA journal_mode = WAL")
         self.db.execute("PRAGMA synchronous = NORMAL")
         if version < SCHEMA:
@@ -128,6 +126,27 @@ class Store:
                     for statement in _TABLES.split(";"):
                         self.db.execute(statement)
                     self.db.execute(f"PRAGMA user_version = {SCHEMA}")
+
+    @_translated
+    def _open_to_read(self, patience: float) -> None:
+        """Opens a store that is not to be changed, also where it cannot be (a read-only disk)."""
+        _check_whole(self.path)
+        uri = self.path.resolve().as_uri()
+        try:
+            self.db = sqlite3.connect(f"{uri}?mode=ro", uri=True, timeout=patience, isolation_level=None)
+            version = self.db.execute("PRAGMA user_version").fetchone()[0]
+            self.db.execute("SELECT 1 FROM trials LIMIT 1")
+        except sqlite3.OperationalError:
+            self.db = sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True, isolation_level=None)
+            version = self.db.execute("PRAGMA user_version").fetchone()[0]
+        self._check_version(version)
+
+    def _check_version(self, version: int) -> None:
+        if version > SCHEMA:
+            raise StoreError(
+                f"store {self.path} was written by a newer weightroom (format {version}, this one reads up to {SCHEMA}): "
+                "upgrade weightroom, or choose another folder with --store"
+            )
 
     def close(self) -> None:
         """Closes the file."""
@@ -285,7 +304,7 @@ _DAMAGED = (
 
 def _explain(error: sqlite3.Error, path: Path) -> StoreError:
     text = str(error)
-    if "readonly" in text or "read-only" in text:
+    if "readonly" in text or "read-only" in text or ("unable to open" in text and not os.access(path.parent, os.W_OK)):
         return StoreError(f"store {path} is read-only: make it writable, or choose another folder with --store")
     if "locked" in text:
         return StoreError(
@@ -297,6 +316,8 @@ def _explain(error: sqlite3.Error, path: Path) -> StoreError:
         )
     if "unable to open" in text:
         return StoreError(f"store {path} cannot be opened: check the permissions of its folder, or choose another with --store")
-    if isinstance(error, sqlite3.DatabaseError) and ("malformed" in text or "not a database" in text or "no such table" in text):
+    if isinstance(error, sqlite3.DatabaseError) and (
+        "malformed" in text or "not a database" in text or "no such table" in text or "already exists" in text
+    ):
         return StoreError(_DAMAGED.format(path=path))
     return StoreError(f"store {path}: {text}")

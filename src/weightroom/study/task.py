@@ -78,7 +78,11 @@ class ModelFactory:
             return copy.deepcopy(self.source)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = self.source()
+            try:
+                model = self.source()
+            except Exception as error:
+                hint = "; where the class needs arguments, say model=lambda: Net(...)" if isinstance(self.source, type) else ""
+                raise TaskError(f"model() failed ({type(error).__name__}: {error}){hint}") from error
         if not isinstance(model, nn.Module):
             raise TaskError(f"model() must return an nn.Module, got {type(model).__name__}")
         return model
@@ -96,7 +100,8 @@ class Task:
         val: data set for tuning and early choices; a fifth of ``train`` is held out for it when None.
         loss: ``loss(outputs, targets) -> scalar``.
         metrics: names of functions in ``weightroom.metrics``, functions, or a mapping of name -> function; each is called
-            once as ``metric(outputs, targets)`` on everything the model says about a split. The first one decides.
+            once as ``metric(outputs, targets)`` on everything the model says about a split. The first one decides. None is
+            "mse" where the targets are floating point, else "accuracy".
         lower_is_better: names of the metrics to minimise; known for the names in ``weightroom.metrics``.
         recipe: how the baseline trains, a ``Recipe`` or a dict of its arguments.
 
@@ -118,7 +123,7 @@ class Task:
     test: Dataset
     val: Dataset | None = None
     loss: Callable[[Tensor, Tensor], Tensor] = field(default_factory=nn.CrossEntropyLoss)
-    metrics: Mapping[str, Metric] = field(default_factory=lambda: {"accuracy": metrics.accuracy})
+    metrics: Mapping[str, Metric] | None = None
     lower_is_better: tuple[str, ...] = ()
     recipe: Recipe = field(default_factory=Recipe)
 
@@ -142,10 +147,11 @@ class Task:
             put("val", held)
         if not callable(self.loss):
             raise TaskError(f"loss must be callable as loss(outputs, targets), got {type(self.loss).__name__}")
-        put("metrics", metrics.resolve(self.metrics))
-        lower = {*self.lower_is_better, *(name for name, fn in self.metrics.items() if metrics.minimised(fn))}
-        if wrong := lower - set(self.metrics):
-            raise unknown("metric in lower_is_better", min(wrong), self.metrics)
+        put("metrics", metrics.resolve(_usual_metric(self.train) if self.metrics is None else self.metrics))
+        named = (self.lower_is_better,) if isinstance(self.lower_is_better, str) else self.lower_is_better
+        lower = {*named, *(name for name, fn in self._metrics.items() if metrics.minimised(fn))}
+        if wrong := lower - set(self._metrics):
+            raise unknown("metric in lower_is_better", min(wrong), self._metrics)
         put("lower_is_better", tuple(sorted(lower)))
         if isinstance(self.recipe, Mapping):
             accepted = set(inspect.signature(Recipe).parameters)
@@ -156,12 +162,12 @@ class Task:
     @property
     def metric(self) -> str:
         """The metric that decides: the first."""
-        return next(iter(self.metrics))
+        return next(iter(self._metrics))
 
     @property
     def directions(self) -> dict[str, Literal["max", "min"]]:
         """Metric -> "max" or "min"."""
-        return {name: "min" if name in self.lower_is_better else "max" for name in self.metrics}
+        return {name: "min" if name in self.lower_is_better else "max" for name in self._metrics}
 
     def with_(self, **changes: Any) -> Task:
         """Returns a copy with some arguments replaced."""
@@ -172,7 +178,7 @@ class Task:
     ) -> dict[str, float]:
         """Returns every metric of the model on a split; the model's mode is left as it was."""
         outputs, targets = metrics.predict(model, getattr(self, split), batch_size=batch_size)
-        return {name: float(metric(outputs, targets)) for name, metric in self.metrics.items()}
+        return {name: float(metric(outputs, targets)) for name, metric in self._metrics.items()}
 
     def spoil(
         self,
@@ -211,6 +217,17 @@ class Task:
         Raises:
             TaskError: says which two things do not fit and what was seen.
         """
+        splits = {"train": self.train, "val": cast(Dataset, self.val), "test": self.test}
         metrics.check_fit(
-            self.model(), self.train, self.loss, self.metrics, batch_size=min(8, self.recipe.batch_size), device=device
+            self.model(), splits, self.loss, self._metrics, batch_size=min(8, self.recipe.batch_size), device=device
         )
+
+    @property
+    def _metrics(self) -> Mapping[str, Metric]:
+        return cast(Mapping[str, Metric], self.metrics)
+
+
+def _usual_metric(dataset: Dataset) -> str:
+    sample = dataset[0]
+    target = sample[1] if isinstance(sample, tuple | list) and len(sample) > 1 else 0
+    return "mse" if isinstance(target, float) or (isinstance(target, Tensor) and target.is_floating_point()) else "accuracy"

@@ -25,7 +25,8 @@ import numpy as np
 import psutil
 import torch
 
-from weightroom.errors import WeightroomError
+from weightroom.errors import StoreError, WeightroomError
+from weightroom.study.cache import writing
 from weightroom.study.core import COSTS, Arm, Scale, Trial
 from weightroom.study.store import Outcome
 
@@ -72,13 +73,18 @@ def run_job(parcel: str, job: Job) -> Outcome:
 
 
 def run_trial(parcel: Parcel, job: Job) -> Outcome:
-    """Runs one trial and returns what became of it; nothing that the arm does wrong is raised."""
+    """Runs one trial and returns what became of it; nothing that the arm does wrong is raised.
+
+    Raises:
+        StoreError: the folder of the store cannot be written, which is no fault of the trial.
+    """
     torch.manual_seed(job.seed)
     np.random.seed(job.seed % 2**32)  # noqa: NPY002  (arms of users may draw from the global state)
     random.seed(job.seed)
     folder = parcel.folder / "trials" / job.fingerprint
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with writing(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     trial = Trial(
         seed=job.seed, scale=parcel.scale, setting=parcel.settings[job.setting], params=job.params, split="val" if job.split == "val" else "test",
         device=parcel.device, folder=folder, shared=parcel.folder / "cache",
@@ -91,6 +97,11 @@ def run_trial(parcel: Parcel, job: Job) -> Outcome:
         metrics = _checked(returned, parcel)
         costs = {**trial.spent, "seconds": time.perf_counter() - start, "peak_memory": memory.peak()}
         return Outcome("done", metrics, costs, curves=trial.curves)
+    except StoreError:
+        raise
+    except (SystemExit, KeyboardInterrupt) as error:
+        called = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else "raised KeyboardInterrupt"
+        return Outcome("failed", reason=called, trace=traceback.format_exc(), curves=trial.curves)
     except MemoryError:
         return Outcome("failed", reason=_out_of_memory(parcel), trace=traceback.format_exc(), curves=trial.curves)
     except Exception as error:

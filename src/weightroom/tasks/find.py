@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
+import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import cloudpickle
+import numpy as np
+import torch
 
-from weightroom.errors import TaskError, unknown
+from weightroom.errors import TaskError, WeightroomError, unknown
 from weightroom.study import Task
 
 __all__ = ["BUILT_IN", "load"]
@@ -84,12 +88,13 @@ def _run(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.resolve().parent))
     before = set(sys.modules)
     try:
-        spec.loader.exec_module(module)
+        with _sheltered():
+            spec.loader.exec_module(module)
     except SyntaxError as error:
         raise TaskError(f"{path}, line {error.lineno}: syntax error ({error.msg})") from error
     except ImportError as error:
         raise TaskError(f"{path} cannot import what it needs: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TaskError(f"{path} failed while it was read: {_short(error)}") from error
     finally:
         sys.path.pop(0)
@@ -107,10 +112,11 @@ def _made(task: Any, where: str) -> Task:
     if not callable(task) or isinstance(task, type):
         raise TaskError(f"{where} must be a wr.Task or a function that returns one, got {type(task).__name__}")
     try:
-        made = task()
-    except TaskError:
+        with _sheltered():
+            made = task()
+    except WeightroomError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TaskError(f"{where} failed: {_short(error)}") from error
     if not isinstance(made, Task):
         raise TaskError(f"{where} must return a wr.Task, got {type(made).__name__}")
@@ -118,8 +124,29 @@ def _made(task: Any, where: str) -> Task:
 
 
 def _own(module: ModuleType) -> list[str]:
-    mine = lambda v: isinstance(v, Task) or (inspect.isfunction(v) and v.__module__ == module.__name__)  # noqa: E731
+    mine = lambda v: isinstance(v, Task) or (inspect.isfunction(v) and v.__module__ == module.__name__ and not _needs(v))  # noqa: E731
     return [name for name, value in vars(module).items() if not name.startswith("_") and mine(value)]
+
+
+def _needs(function: Callable[..., Any]) -> bool:
+    """Whether a function cannot be called without arguments: a metric beside the task, say."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return any(p.default is p.empty and p.kind in kinds for p in inspect.signature(function).parameters.values())
+
+
+@contextlib.contextmanager
+def _sheltered() -> Iterator[None]:
+    """The user's code draws the same random numbers at every run, so that a store knows the task again, and prints to stderr."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(), contextlib.redirect_stdout(sys.stderr):
+            torch.manual_seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            random.seed(0)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _returns_task(value: Any) -> bool:
@@ -127,6 +154,7 @@ def _returns_task(value: Any) -> bool:
     return returned is Task or (isinstance(returned, str) and returned.rpartition(".")[2] == "Task")
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    hint = f"; relative paths start from {Path.cwd()}" if isinstance(error, FileNotFoundError) else ""
+    return f"{type(error).__name__}: {text[0]}{hint}" if text else type(error).__name__

@@ -214,7 +214,8 @@ def _gamma(w: Tensor, C: Tensor, coefficient: Coefficient) -> Tensor:
     """Cov(w, C) / Var(C), estimated; C comes less its known mean B."""
     L = w.shape[-1]
     about = C if coefficient == "paper" else C - C.mean(-1, keepdim=True)
-    covariance = torch.linalg.vecdot(w - w.mean(-1, keepdim=True), C) / L
+    covariance = torch.linalg.vecdot(w - w.mean(-1, keepdim=True), about) / L  # centring C changes no value, but at Var(C) = 0
+    # terms of 1e24 would have to cancel in the gradient
     return covariance / (torch.linalg.vecdot(about, about) / L + 1e-24)
 
 

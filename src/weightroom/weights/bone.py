@@ -527,5 +527,5 @@ def _share_frozen(model: nn.Module) -> nn.Module:
 def _layers(model: nn.Module) -> dict[str, BoneLinear]:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, BoneLinear)}
     if not layers:
-        raise ValueError("the model has no BoneLinear: make one with bone(model, BoneConfig(...)) first")
+        raise ValueError("the model has no BoneLinear: take the copy that bone(model, BoneConfig(...)) returns")
     return layers
