@@ -130,8 +130,7 @@ class FocalTverskyLoss(nn.Module):
         _check_pair(pred, target)
         if not self.sigmoid:
             _check_probabilities(pred)
-        _check_probabilities(pred)
-    _check_range("target", target)
+        _check_range("target", target)
         return self._value(pred, target)
 
     def _value(self, pred: Tensor, target: Tensor) -> Tensor:
