@@ -27,6 +27,13 @@ def run(capsys, *args):
         (["compare", "prune", "--sparsity", "1.0"], r"sparsity must be in [0, 1), got 1"),
         (["compare", "prune", "--sparsity", "-0.1"], r"sparsity must be in [0, 1), got -0.1"),
         (["compare", "prune", "--sparsity", "0.5,0.5"], "may be given once"),
+        (["compare", "prune", "--sparsity", ""], "numbers with commas"),
+        (["compare", "optimizer", "--arms", ""], "unknown arm ''"),
+        (["compare", "optimizer", "--store", ""], "store must name a folder"),
+        (["check", "lion-k", "--report", "out.pdf"], "ends in .html"),
+        (["check", "lion-k", "--report", "/proc/none/out.html"], "cannot be written"),
+        (["verdicts", "--record", "nope"], "unknown paper 'nope'"),
+        (["cite", ".."], "unknown import path"),
         (["compare", "prune", "--sparsity", "much"], "numbers with commas"),
         (["compare", "loss", "--sparsity", "0.5"], "sparsity belongs to the family 'prune'"),
         (["compare", "optimizer", "--seeds", "0"], "seeds must be >= 1, got 0"),
@@ -96,6 +103,70 @@ def test_a_users_own_task_from_a_file(capsys, tmp_path):
     assert "global magnitude" in out
     code, out, _ = run(capsys, "runs", "--store", tmp_path / "runs", "--json")
     assert {row["study"] for row in json.loads(out)} == {"compare prune: mine"}
+
+
+def test_another_sparsity_adds_only_its_own_trials(capsys, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(GOOD)
+    args = [
+        "compare",
+        "prune",
+        "--task",
+        path,
+        "--seeds",
+        1,
+        "--arms",
+        "uniform",
+        "--scale",
+        "smoke",
+        "--store",
+        tmp_path,
+        "--json",
+    ]
+    first = json.loads(run(capsys, *args, "--sparsity", "0.5")[1])["trials"]
+    second = json.loads(run(capsys, *args, "--sparsity", "0.5,0.7")[1])["trials"]
+    assert {t["fingerprint"]: t["seconds"] for t in first}.items() <= {t["fingerprint"]: t["seconds"] for t in second}.items()
+    assert len(second) == 4
+    assert sum(row["done"] for row in json.loads(run(capsys, "runs", "--store", tmp_path, "--json")[1])) == 4
+
+
+def test_json_is_pure_whatever_the_users_file_prints(capsys, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("print('noise')\n" + GOOD.replace("self.layer(x)", "(print('more noise'), self.layer(x))[1]"))
+    args = [
+        "compare",
+        "optimizer",
+        "--task",
+        path,
+        "--seeds",
+        1,
+        "--arms",
+        "sgd",
+        "--scale",
+        "smoke",
+        "--store",
+        tmp_path,
+        "--json",
+    ]
+    code, out, err = run(capsys, *args)
+    assert code == 0
+    assert json.loads(out)["failed"] == 0
+    assert "noise" in err
+
+
+def test_a_narrow_terminal_keeps_the_numbers_that_decide(tmp_path, monkeypatch, capsys):
+    from rich.console import Console
+
+    from weightroom.cli import show
+
+    path = tmp_path / "mine.py"
+    path.write_text(GOOD)
+    results = api.compare("optimizer", path, seeds=3, arms=["sgd"], scale="smoke", store=tmp_path, workers=1)
+    monkeypatch.setattr(show, "console", lambda: Console(width=80))
+    show.comparison(results, api.family("optimizer").costs)
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert "cost" in out
 
 
 @pytest.mark.parametrize("family", ["loss", "optimizer", "adapt"])

@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 
-from weightroom.errors import MissingExtraError, UsageError
+from weightroom.errors import MissingExtraError, StoreError, UsageError
 from weightroom.study import Arm, Claim, Expect, Scale, Study, Trial
 from weightroom.study.engine import _died, open_engine
 from weightroom.study.worker import Job, Parcel, run_trial
@@ -85,6 +85,14 @@ def tensor(trial):
     return {"m": torch.tensor([0.5], dtype=torch.float64)}
 
 
+def leaves(trial):
+    sys.exit(5)
+
+
+def interrupts(trial):
+    raise KeyboardInterrupt
+
+
 def prints(trial):
     print("noise on stdout")
     os.system("echo more noise")
@@ -98,6 +106,8 @@ BAD = {
     "eats": (eats, r"ran out of memory \(limit 0.5 GiB\)"),
     "allocates": (allocates, r"ran out of memory \(limit 0.5 GiB\)"),
     "hangs": (hangs, "took longer than the time limit of 6 s"),
+    "leaves": (leaves, r"called sys.exit\(5\)"),
+    "interrupts": (interrupts, "raised KeyboardInterrupt"),
     "nan": (nan, "metric 'm' is nan"),
     "nothing": (nothing, r"returned NoneType instead of a dict of metrics \(declared: m, extra\)"),
     "no metric": (no_metric, "returned no metric 'm'"),
@@ -226,6 +236,15 @@ def test_arms_share_what_they_start_from(tmp_path):
 def writes(trial):
     (trial.folder / "note.txt").write_text("kept")
     return {"m": len(list(trial.folder.iterdir()))}
+
+
+def test_a_store_that_cannot_be_written_stops_the_study_and_fails_no_trial(tmp_path):
+    (tmp_path / "cache").write_text("in the way")
+    study = Study("s", {"a": uses_cache}, metric="m", seeds=2)
+    with pytest.raises(StoreError, match=r"cannot be written .*run again"):
+        study.run(tmp_path, workers=1)
+    (tmp_path / "cache").unlink()
+    assert study.run(tmp_path, workers=1).failed == 0
 
 
 def test_artifacts_have_a_folder_of_their_own(tmp_path):

@@ -25,8 +25,9 @@ def finish(store, k, **metrics):
 def test_round_trip(tmp_path):
     with Store(tmp_path) as store:
         finish(store, key(), accuracy=0.5)
-    with Store(tmp_path, create=False) as store:
+    with Store(tmp_path) as store:
         assert store.claim(key(), {}) == "done"
+    with Store(tmp_path, create=False) as store:
         outcome = store.outcomes([key().fingerprint])[key().fingerprint]
         assert (outcome.metrics, outcome.costs) == ({"accuracy": 0.5}, {"seconds": 1.0})
         assert store.curves([key().fingerprint]) == {key().fingerprint: [("loss", 0.0, 1.0)]}
@@ -162,6 +163,20 @@ def test_old_trials_of_changed_code_stay_beside_the_new(tmp_path):
         finish(store, key(0), accuracy=0.5)
         finish(store, TrialKey("s", "a", "", 0, "test", "small", {}, "other"), accuracy=0.7)
         assert sorted(store.frame("s").accuracy) == [0.5, 0.7]
+
+
+def test_a_store_is_read_without_changing_it(tmp_path):
+    with Store(tmp_path) as store:
+        finish(store, key(), accuracy=0.5)
+    with Store(tmp_path, create=False) as store:
+        assert len(store.frame()) == 1
+        with pytest.raises(StoreError, match="read-only"):
+            store.claim(key(1), {})
+
+
+def test_an_empty_name_is_no_folder():
+    with pytest.raises(StoreError, match="must name a folder"):
+        Store("")
 
 
 def test_paths_with_spaces_and_quotes(tmp_path):

@@ -60,6 +60,8 @@ def test_files_may_import_their_neighbours(tmp_path):
     [
         ("def task(:\n", r"mine.py, line 1: syntax error"),
         ("import nothing_of_that_name\n", "cannot import what it needs: No module named 'nothing_of_that_name'"),
+        ("import sys; sys.exit(3)\n", "failed while it was read: SystemExit"),
+        ("open('not_there.csv')\n", "FileNotFoundError.*relative paths start from"),
         ("1 / 0\n", "failed while it was read: ZeroDivisionError: division by zero"),
         ("def task():\n    return 3\n", r"task must return a wr.Task, got int"),
         ("def task():\n    raise KeyError('x')\n", "task failed: KeyError"),
@@ -93,6 +95,11 @@ def toy(**change):
     return wr.Task("toy", **arguments)
 
 
+class NeedsWidth(nn.Linear):
+    def __init__(self, width):
+        super().__init__(width, 3)
+
+
 def huge(outputs, targets):
     return torch.tensor(float("nan"))
 
@@ -115,12 +122,69 @@ def huge(outputs, targets):
         ({"loss": nn.MSELoss()}, "the loss does not fit the model's output"),
         ({"loss": huge}, "the loss of the untrained model is nan"),
         ({"metrics": {"broken": lambda o, t: o[99, 99]}}, "metric 'broken' does not fit"),
+        ({"model": NeedsWidth}, r"model\(\) failed .*say model=lambda: Net\(...\)"),
+        ({"model": nn.Identity}, "the model has no parameters to train"),
+        ({"test": TensorDataset(torch.randn(9, 4), torch.full((9,), 7))}, "labels out of range: test has labels from 7 to 7"),
+        ({"val": TensorDataset(torch.randn(9, 4), torch.full((9,), -1))}, "labels out of range: val"),
+        (
+            {"train": [(torch.ones(4), "cat")] * 9},
+            "the target of a sample of train must be a tensor, an array or a number, got str",
+        ),
         ({"train": [1, 2, 3]}, r"must be a pair \(input, target\), got int"),
     ],
 )
 def test_what_does_not_fit_together_is_said_before_any_trial(change, message):
     with pytest.raises(TaskError, match=message):
         toy(**change).check()
+
+
+def regression(**change):
+    x, y = torch.randn(40, 4), torch.randn(40, 1)
+    arguments = {
+        "model": lambda: nn.Linear(4, 1),
+        "train": TensorDataset(x, y),
+        "test": TensorDataset(x, y),
+        "loss": nn.MSELoss(),
+        **change,
+    }
+    return wr.Task("toy", **arguments)
+
+
+def test_regression_is_measured_as_such():
+    task = regression()
+    task.check()
+    assert (task.metric, task.directions) == ("mse", {"mse": "min"})
+    with pytest.raises(TaskError, match=r"metric 'accuracy' needs class labels, .*metrics=\['mse'\]"):
+        regression(metrics=["accuracy"]).check()
+    flat = TensorDataset(torch.randn(40, 4), torch.randn(40))
+    with pytest.raises(
+        TaskError, match=r"the loss does not fit the model's output: outputs of shape \(8, 1\) and targets of shape \(8,\)"
+    ):
+        regression(train=flat, test=flat).check()
+
+
+def test_a_lower_metric_may_be_named_alone():
+    assert regression(metrics={"error": lambda o, t: (o - t).abs().mean()}, lower_is_better="error").directions == {
+        "error": "min"
+    }
+
+
+def test_random_data_of_a_file_are_the_same_at_every_run(tmp_path):
+    path = write(tmp_path, GOOD.replace("generator=g", "generator=None"))
+    first, second = tasks.load(path), tasks.load(path)
+    assert torch.equal(first.test[:][0], second.test[:][0])
+
+
+def test_a_metric_beside_the_task_is_no_candidate(tmp_path):
+    text = GOOD.replace("def task():", "def error(outputs, targets):\n    return 0.0\n\ndef make():")
+    assert tasks.load(write(tmp_path, text)).name == "mine"
+
+
+def test_what_a_file_prints_goes_to_stderr(tmp_path, capsys):
+    tasks.load(write(tmp_path, GOOD + "\nprint('while reading')\n".replace("while", "while")))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "while reading" in err
 
 
 def test_a_seed_decides_the_weights_and_nothing_else():
