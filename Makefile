@@ -35,7 +35,7 @@ lint: $(READY)
 
 verdicts: $(READY)
 	$(BIN)/weightroom verdicts --record --scale small
-	$(BIN)/python -m weightroom.record_verdicts README.md
+	$(BIN)/python -m weightroom.record_verdicts .
 
 verdicts-real: $(READY)
 	$(BIN)/weightroom verdicts --record --scale real

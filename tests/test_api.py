@@ -162,6 +162,7 @@ def test_the_readme_shows_what_is_recorded():
     text = (ROOT / "README.md").read_text()
     shown = text.split(record_verdicts.BEGIN)[1].split(record_verdicts.END)[0].strip()
     assert shown == record_verdicts.readme_table()
+    assert (ROOT / "docs" / "verdicts.md").read_text() == record_verdicts.claims_page()
 
 
 def test_the_example_task_fits_together():
