@@ -168,3 +168,4 @@ def test_the_readme_shows_what_is_recorded():
 def test_the_example_task_fits_together():
     task = wr.tasks.load(ROOT / "examples" / "mine.py")
     task.check()
+    assert (task.name, task.metric) == ("tumours", "accuracy")

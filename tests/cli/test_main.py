@@ -48,6 +48,7 @@ def run(capsys, *args):
         (["compare", "optimizer", "--report", "out.pdf"], "ends in .html"),
         (["compare", "optimizer", "--frobnicate"], "No such option"),
         (["compare"], "Missing argument"),
+        (["compare", "loss", "--task", "diabetes"], "need class labels, but the targets of task 'diabetes' are torch.float32"),
         (["check", "lion"], "unknown paper 'lion': did you mean 'lion-k'"),
         (["show", "lion"], "did you mean 'lion-k'"),
         (["cite", "weightroom.optim.Lion"], "unknown import path"),

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from weightroom.compare.base import Family, Method, Options, measure, train_by_recipe
+from weightroom.errors import UsageError
 from weightroom.losses import FocalLoss
 from weightroom.study import Arm, Task, Trial
 
@@ -55,6 +57,9 @@ def _arm(task: Task, method: Method, epochs: int | None) -> Arm:
 
 def arms(task: Task, methods: Mapping[str, Method], options: Options) -> tuple[dict[str, Arm], dict[str, Any]]:
     """Returns an arm per method, under one setting; the task's own loss only where it is not cross-entropy."""
+    target = torch.as_tensor(task.train[0][1])
+    if target.is_floating_point():
+        raise UsageError(f"the losses of this family need class labels, but the targets of task {task.name!r} are {target.dtype}")
     plain = isinstance(task.loss, nn.CrossEntropyLoss)
     kept = {name: method for name, method in methods.items() if name != ("task's own" if plain else "cross-entropy")}
     return {name: _arm(task, method, options.epochs) for name, method in kept.items()}, {"": None}
