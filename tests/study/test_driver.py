@@ -328,7 +328,8 @@ def test_a_broken_parcel_is_not_silent(tmp_path):
 
 
 DRIVER = """
-import sys, time, torch
+import signal, sys, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits a deaf ear
 from pathlib import Path
 from weightroom.study import Study, Arm
 folder = Path(sys.argv[1])
