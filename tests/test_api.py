@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -169,3 +170,26 @@ def test_the_example_task_fits_together():
     task = wr.tasks.load(ROOT / "examples" / "mine.py")
     task.check()
     assert (task.name, task.metric) == ("tumours", "accuracy")
+
+
+class Images(torch.utils.data.Dataset):
+    """Arrays and plain integers, as many a user's data set gives them."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        return np.full((1, 4, 4), i % 3, dtype=np.float32), i % 3
+
+
+def test_adapters_take_arrays_and_say_when_there_is_nothing_to_adapt(tmp_path):
+    net = lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))  # noqa: E731
+    task = wr.Task("images", model=net, train=Images(), test=Images(), recipe={"epochs": 1})
+    assert wr.compare("adapt", task, arms=["head only"], seeds=1, store=tmp_path, workers=1).failed == 0
+    with pytest.raises(UsageError, match="at least two linear layers"):
+        wr.compare("adapt", task.with_(model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 3))), store=tmp_path)
+
+
+def test_arguments_that_no_run_takes_are_named(tmp_path):
+    with pytest.raises(UsageError, match="unknown argument 'worker': did you mean 'workers'"):
+        wr.compare("optimizer", toy, worker=2, store=tmp_path)

@@ -402,3 +402,13 @@ def test_index_is_checked():
             loss(f, y, wrong)
     assert (loss.lam == 10.0).all()
     assert ALDRKLLoss.needs_index
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rows_of_zeros_have_a_finite_gradient_in_every_precision(dtype):
+    for loss in (LDRKLLoss(normalize="abs-mean"), ALDRKLLoss(2, normalize="abs-mean")):
+        logits = torch.zeros(2, 5, dtype=dtype, requires_grad=True)
+        index = (torch.arange(2),) if isinstance(loss, ALDRKLLoss) else ()
+        loss(logits, torch.tensor([0, 1]), *index).backward()
+        assert logits.grad.isfinite().all()
+        assert logits.grad.abs().max() > 0

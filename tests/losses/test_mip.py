@@ -483,3 +483,26 @@ def test_wrong_projections_to_compare_with():
         MIPLoss(axes="multi")(P, Y, mip_target=own[::-1])
     with pytest.raises(ValueError, match="mip_target must have values"):
         MIPLoss(axes="x")(P, Y, mip_target=own[0] * 3)
+
+
+def test_one_axis_is_the_default_and_it_is_z():
+    P, Y = pair()
+    torch.testing.assert_close(MIPLoss()(P, Y), MIPLoss(axes="z")(P, Y))
+    assert not torch.allclose(MIPLoss()(P, Y), MIPLoss(axes="multi")(P, Y))
+
+
+def test_logits_are_not_taken_for_probabilities():
+    _, Y = pair()
+    logits = 20 - 40 * Y
+    for loss in (FocalTverskyLoss(), MIPLoss(), SPOCKMIPLoss(activation="none")):
+        with pytest.raises(ValueError, match=r"pred must hold probabilities in \[0, 1\], got values from -20 to 20.*sigmoid"):
+            loss(logits, Y)
+    assert SPOCKMIPLoss()(logits, Y) > 0.5
+    assert MIPLoss(FocalTverskyLoss(sigmoid=True))(logits, Y) > 0
+
+
+def test_an_empty_batch_is_said():
+    P, Y = pair()
+    for loss in (FocalTverskyLoss(), MIPLoss(), SPOCKMIPLoss()):
+        with pytest.raises(ValueError, match="without a dimension of size 0"):
+            loss(P[:0], Y[:0])

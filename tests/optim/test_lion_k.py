@@ -557,7 +557,8 @@ def test_accepted_limits():
     LionK([param(1.0)], lr=0.25, weight_decay=4.0)
     LionK([param(1.0)], lr=1.0, weight_decay=4.0, decoupled=False)
     LionK([param(1.0)], betas=(0.0, 0.0), kappa="trunc", kappa_args={"e": 0})
-    LionK([param(1.0)], lr=np.float32(0.1), kappa="lp", kappa_args={"p": 3})
+    last = LionK([param(1.0)], lr=np.float32(0.1), kappa="lp", kappa_args={"p": 3})
+    assert last.param_groups[0]["kappa_args"] == {"p": 3}
 
 
 def test_defaults_are_lions():

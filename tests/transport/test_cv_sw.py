@@ -458,7 +458,21 @@ def test_projections_that_are_no_directions(projections: Tensor, message: str):
 
 
 def test_projections_within_the_tolerance_pass():
-    sliced_wasserstein(torch.zeros(3, 2), torch.ones(3, 2), projections=torch.tensor([[1.00005, 0.0]]))
+    value = sliced_wasserstein(torch.zeros(3, 2), torch.ones(3, 2), projections=torch.tensor([[1.00005, 0.0]]))
+    assert value == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("control_variate", ["lower", "upper"])
+@pytest.mark.parametrize("coefficient", ["paper", "regression"])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_where_all_directions_are_one_the_gradient_is_that_of_the_plain_estimate(control_variate, coefficient, copies):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(6, 3, generator=generator, dtype=torch.float64) + 1
+    theta = torch.nn.functional.normalize(torch.randn(1, 3, generator=generator, dtype=torch.float64), dim=1).expand(copies, 3)
+    plain = torch.autograd.grad(sliced_wasserstein(x, y, projections=theta, control_variate=None, squared=True), x)[0]
+    z = sliced_wasserstein(x, y, projections=theta, control_variate=control_variate, coefficient=coefficient, squared=True)
+    torch.testing.assert_close(torch.autograd.grad(z, x)[0], plain)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

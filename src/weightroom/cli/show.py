@@ -96,6 +96,7 @@ def card(paper: Paper, found: Mapping[str, Any]) -> None:
     out.print(
         f"[bold]{escape(paper.title)}[/]\n{escape(paper.authors)}, {paper.venue} {paper.year}"
         + (f", arXiv {paper.arxiv}" if paper.arxiv else "")
+        + (f"\nthe authors' code: {paper.code} (GitHub)" if paper.code else "")
     )
     for head, text in (("What it does", paper.summary), ("What it claims", paper.claim), ("Limits", paper.limits)):
         out.print(f"\n[bold]{head}[/]\n{escape(text)}")

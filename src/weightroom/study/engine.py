@@ -63,30 +63,17 @@ def failed(reason: str) -> Outcome:
     return Outcome("failed", reason=reason)
 
 
-class _Futures:
-    """Jobs as concurrent futures."""
-
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+class _Local:
+    def __init__(self, pool: pebble.ProcessPool, parcel: str, workers: int, time_limit: float | None) -> None:
+        self.pool, self.parcel, self.workers, self.time_limit = pool, parcel, workers, time_limit
         self.pending: dict[concurrent.futures.Future[Outcome], Job] = {}
+
+    def submit(self, job: Job) -> None:
+        self.pending[self.pool.schedule(run_job, args=(self.parcel, job), timeout=self.time_limit)] = job
 
     def ready(self, timeout: float) -> list[tuple[Job, Outcome]]:
         done, _ = concurrent.futures.wait(self.pending, timeout, concurrent.futures.FIRST_COMPLETED)
         return [(self.pending.pop(future), self._outcome(future)) for future in done]
-
-    def _outcome(self, future: concurrent.futures.Future[Outcome]) -> Outcome:
-        raise NotImplementedError(f"{type(self).__name__} must say what a future's outcome is")
-
-
-class _Local(_Futures):
-    def __init__(
-        self, pool: pebble.ProcessPool, parcel: str, workers: int, time_limit: float | None, memory_limit: int | None
-    ) -> None:
-        super().__init__(workers)
-        self.pool, self.parcel, self.time_limit, self.memory_limit = pool, parcel, time_limit, memory_limit
-
-    def submit(self, job: Job) -> None:
-        self.pending[self.pool.schedule(run_job, args=(self.parcel, job), timeout=self.time_limit)] = job
 
     def _outcome(self, future: concurrent.futures.Future[Outcome]) -> Outcome:
         try:
@@ -128,7 +115,7 @@ def _local(parcel: Parcel, workers: int | None, time_limit: float | None) -> Ite
         path.write_bytes(cloudpickle.dumps(parcel))
         pool = pebble.ProcessPool(max_workers=workers, initializer=prepare, initargs=(os.getpid(),), context=context)
         try:
-            yield _Local(pool, str(path), workers, time_limit, parcel.memory_limit)
+            yield _Local(pool, str(path), workers, time_limit)
         finally:
             pool.stop()
             pool.join()
