@@ -297,8 +297,7 @@ def _methods(kind: Family, own: Mapping[str, Method]) -> dict[str, Method]:
     brought = {
         name: replace(method, cites=(*method.cites, p))
         for p in papers()
-        if p.family == kind.name
-        for name, method in p.methods.items()
+        for name, method in p.methods_of(kind.name).items()
     }
     return {**kind.baselines, **brought, **own}
 

@@ -32,6 +32,7 @@ class Paper:
         number: the number of its specification sheet; None for none.
         arxiv: identifier, "2310.05898".
         methods: name -> ``Method``: what it adds to the arms of its family.
+        also: family -> name -> ``Method``: what it adds to the arms of further families.
         code: where the authors' code is, as "owner/name" on GitHub.
     """
 
@@ -48,7 +49,12 @@ class Paper:
     number: int | None = None
     arxiv: str | None = None
     methods: Mapping[str, Method] = field(default_factory=dict)
+    also: Mapping[str, Mapping[str, Method]] = field(default_factory=dict)
     code: str | None = None
+
+    def methods_of(self, family: str) -> dict[str, Method]:
+        """What it adds to the arms of ``family``."""
+        return {**(self.methods if family == self.family else {}), **self.also.get(family, {})}
 
     @property
     def bibtex(self) -> str:

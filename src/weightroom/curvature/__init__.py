@@ -1,0 +1,3 @@
+"""Products with Fisher matrices and their inverses."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Students that learn from teachers."""
+
+__all__: list[str] = []
