@@ -79,7 +79,7 @@ def test_importing_weightroom_imports_nothing_heavy():
 
 def test_rooms_do_not_import_optional_packages():
     optional = ("peft", "ot", "lifelines", "torch_pruning", "opendp", "ray", "monai", "transformers")
-    rooms = "adversarial, curvature, distill, estimators, kernels, losses, nets, optim, prune, transport, weights, data, metrics, train"
+    rooms = "adversarial, curvature, diagnostics, distill, estimators, kernels, losses, nets, optim, prune, transport, weights, data, metrics, train"
     touch = f"for r in ({rooms}): [getattr(r, n) for n in r.__all__]"
     code = f"import sys\nfrom weightroom import {rooms}\n{touch}\nprint([m for m in {optional} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

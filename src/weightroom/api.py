@@ -42,6 +42,7 @@ def compare(
     arms: Sequence[str] | None = None,
     methods: Mapping[str, Method] | None = None,
     sparsity: Sequence[float] = (),
+    eps: Sequence[float] = (),
     metric: str | None = None,
     epochs: int | None = None,
     seeds: int | Sequence[int] = 5,
@@ -58,12 +59,13 @@ def compare(
     """Compares the methods of a family on one task: same seeds, splits, initial weights and batches for all.
 
     Args:
-        name: the family: "prune", "loss", "optimizer" or "adapt".
+        name: the family: "prune", "loss", "optimizer", "adapt", "distill" or "robust".
         task: a ``Task``, a function that returns one, a built-in name, or a Python file (see ``weightroom.tasks.load``).
         arms: names of the arms to run, all when None; the baseline always runs.
         methods: arms of your own, name -> ``Method``, beside those that are there.
         sparsity: operating points of "prune", shares of weights to remove in [0, 1).
-        metric: the task's metric that decides; its first when None.
+        eps: sizes of the perturbation of "robust", in the unit of the inputs, in the largest norm.
+        metric: the metric that decides, of the task or of the family; the usual one when None.
         epochs: instead of the recipe's.
         seeds: how many, or which.
         tune: trials per arm on the validation split; then the table shows the common setting and the tuned result.
@@ -85,9 +87,9 @@ def compare(
     """
     _check_how(how)
     arms = [arms] if isinstance(arms, str) else arms
-    sparsity = (sparsity,) if isinstance(sparsity, int | float) else sparsity
+    sparsity, eps = ((v,) if isinstance(v, int | float) else v for v in (sparsity, eps))
     study = study_of(
-        name, task, arms=arms, methods=methods, sparsity=sparsity, metric=metric, epochs=epochs, seeds=seeds, tune=tune, scale=scale,
+        name, task, arms=arms, methods=methods, sparsity=sparsity, eps=eps, metric=metric, epochs=epochs, seeds=seeds, tune=tune, scale=scale,
         label_noise=label_noise, imbalance=imbalance, samples=samples, download=download, device=how.get("device", "cpu"),
     )  # fmt: skip
     if report is not None:
@@ -101,13 +103,14 @@ def compare(
 
 def study_of(
     name: str, task: str | Path | Task | Callable[[], Task], *, arms: Sequence[str] | None, methods: Mapping[str, Method] | None,
-    sparsity: Sequence[float], metric: str | None, epochs: int | None, seeds: int | Sequence[int], tune: int, scale: str | Scale,
-    label_noise: float, imbalance: float, samples: int | None, download: bool, device: str,
+    sparsity: Sequence[float], eps: Sequence[float], metric: str | None, epochs: int | None, seeds: int | Sequence[int], tune: int,
+    scale: str | Scale, label_noise: float, imbalance: float, samples: int | None, download: bool, device: str,
 ) -> Study:  # fmt: skip
     """Returns the study behind ``compare``, not yet run."""
     kind = family(name)
-    if sparsity and name != "prune":
-        raise UsageError(f"sparsity belongs to the family 'prune', not to {name!r}")
+    for option, given_value, owner in (("sparsity", sparsity, "prune"), ("eps", eps, "robust")):
+        if given_value and name != owner:
+            raise UsageError(f"{option} belongs to the family {owner!r}, not to {name!r}")
     if epochs is not None and epochs < 1:
         raise UsageError(f"epochs must be >= 1, got {epochs}")
     given = _methods(kind, methods or {})
@@ -118,13 +121,14 @@ def study_of(
         given = {arm: method for arm, method in given.items() if arm in arms or arm == kind.baseline}
     loaded = tasks_package.load(task, download=download).spoil(label_noise=label_noise, imbalance=imbalance, samples=samples)
     loaded.check(check_device(device))
-    if metric is not None and metric not in loaded.metrics:
-        raise unknown("metric", metric, loaded.metrics)
-    runs, settings = kind.arms(loaded, given, Options(tuple(sparsity), epochs))
-    decides = metric or loaded.metric
+    directions = {**loaded.directions, **kind.metrics}
+    if metric is not None and metric not in directions:
+        raise unknown("metric", metric, directions)
+    runs, settings = kind.arms(loaded, given, Options(tuple(sparsity), tuple(eps), epochs))
+    decides = metric or kind.metric or loaded.metric
     return Study(
-        name=f"compare {name}: {loaded.name}", arms=runs, metric=decides, direction=loaded.directions[decides],
-        metrics={**loaded.directions, **kind.metrics}, baseline=kind.baseline if kind.baseline in runs else None, settings=settings,
+        name=f"compare {name}: {loaded.name}", arms=runs, metric=decides, direction=directions[decides],
+        metrics=directions, baseline=kind.baseline if kind.baseline in runs else None, settings=settings,
         seeds=seeds, tune=tune, scale=Scale.of(scale), notes={"task": loaded.name, "recipe": str(loaded.recipe), "family": kind.summary},
     )  # fmt: skip
 
@@ -295,9 +299,7 @@ def recorded(scale: str | Scale = "small") -> dict[str, Any]:
 
 def _methods(kind: Family, own: Mapping[str, Method]) -> dict[str, Method]:
     brought = {
-        name: replace(method, cites=(*method.cites, p))
-        for p in papers()
-        for name, method in p.methods_of(kind.name).items()
+        name: replace(method, cites=(*method.cites, p)) for p in papers() for name, method in p.methods_of(kind.name).items()
     }
     return {**kind.baselines, **brought, **own}
 

@@ -95,6 +95,34 @@ def test_closures():
     assert done.forwards > 5
 
 
+class Oracle(torch.optim.SGD):
+    """Asks for the gradient at the outputs once, then steps twice along it."""
+
+    needs_oracle = True
+
+    def step(self, forward, oracle):
+        z = forward().detach().requires_grad_()
+        loss = oracle(z)
+        (gradient,) = torch.autograd.grad(loss, z)
+        for _ in range(2):
+            self.zero_grad()
+            (forward() * gradient).sum().backward()
+            super().step()
+        return loss.detach() / len(z)
+
+
+def test_an_optimizer_that_asks_for_outputs_and_an_oracle():
+    m, n = model(), len(data())
+    m[2].p = 0.0
+    with torch.no_grad():
+        before = nn.functional.mse_loss(m(data().tensors[0]), data().tensors[1])
+    done = fit(m, data(), loss=nn.MSELoss(), optimizer=lambda p: Oracle(p, lr=0.05 / n), steps=5, batch_size=n)
+    assert done.losses[-1] < float(before) / 2
+    assert (done.steps, done.forwards, done.backwards) == (5, 15, 10)
+    with pytest.raises(UsageError, match="Oracle needs a loss, without step or clip_norm"):
+        fit(model(), data(), loss=nn.MSELoss(), optimizer=lambda p: Oracle(p, lr=0.1), steps=1, clip_norm=1.0)
+
+
 def test_schedules():
     rates = []
     opt = sgd(m.parameters()) if (m := model()) else None

@@ -146,7 +146,14 @@ def cli() -> None:
 @click.option(
     "--sparsity", type=_Numbers(), default=(), metavar="S,...", help="Operating points of 'prune': shares of weights to remove."
 )
-@click.option("--metric", default=None, help="The task's metric that decides; its first by default.")
+@click.option(
+    "--eps",
+    type=_Numbers(),
+    default=(),
+    metavar="E,...",
+    help="Sizes of the perturbation of 'robust', in the unit of the inputs.",
+)
+@click.option("--metric", default=None, help="The metric that decides, of the task or of the family.")
 @click.option("--epochs", type=int, default=None, help="Instead of the task's recipe.")
 @click.option("--label-noise", type=float, default=0.0, metavar="P", help="Replace this share of the training labels.")
 @click.option("--imbalance", type=float, default=1.0, metavar="R", help="Ratio of the largest to the smallest class in training.")
@@ -163,7 +170,7 @@ def compare(
     report: str | None,
     **given: Any,
 ) -> int:
-    """Compares the methods of FAMILY (prune, loss, optimizer, adapt) on one task."""
+    """Compares the methods of FAMILY (prune, loss, optimizer, adapt, distill, robust) on one task."""
     from weightroom import api
     from weightroom.cli import show
 

@@ -8,6 +8,6 @@ from weightroom.lazy import callable_module
 __all__ = ["FAMILIES"]
 
 #: Families of methods that can be compared; each is a module of this package with a ``FAMILY``.
-FAMILIES = ("prune", "loss", "optimizer", "adapt")
+FAMILIES = ("prune", "loss", "optimizer", "adapt", "distill", "robust")
 
 callable_module(__name__, "weightroom.api", "compare")

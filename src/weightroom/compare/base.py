@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
 from weightroom import metrics, train
 from weightroom.study import Task, Trial
@@ -38,6 +39,7 @@ class Options:
     """What the user of a comparison may choose beside the task."""
 
     sparsity: Sequence[float] = ()
+    eps: Sequence[float] = ()
     epochs: int | None = None
 
 
@@ -53,6 +55,7 @@ class Family:
         arms: ``(task, methods, options) -> (arms, settings)``.
         costs: the costs worth showing in the terminal's table.
         metrics: metrics beyond the task's own -> direction.
+        metric: the one of them that decides; the task's first when None.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Family:
     arms: Callable[[Task, Mapping[str, Method], Options], tuple[Mapping[str, Any], Mapping[str, Any]]]
     costs: tuple[str, ...] = ("train_seconds", "parameters", "latency", "peak_memory")
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    metric: str | None = None
 
 
 def train_by_recipe(
@@ -71,6 +75,8 @@ def train_by_recipe(
     *,
     optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
     loss: Callable[..., Tensor] | None = None,
+    step: Callable[[nn.Module, Any], Tensor] | None = None,
+    data: Dataset | None = None,
     epochs: int | None = None,
     lr: float | None = None,
     log: bool = True,
@@ -83,6 +89,8 @@ def train_by_recipe(
         model: trained in place.
         optimizer: makes another optimizer than the recipe's.
         loss: another loss than the task's.
+        step: ``step(model, batch) -> loss`` instead of a loss of outputs and targets.
+        data: another data set than the task's training data.
         epochs: another number than the recipe's.
         lr: another learning rate than the recipe's.
         log: record the curve of the training loss.
@@ -91,7 +99,8 @@ def train_by_recipe(
     epochs = recipe.epochs if epochs is None else epochs
     chosen = recipe if lr is None else type(recipe)(**{**vars(recipe), "lr": lr})
     done = train.fit(
-        model, task.train, loss=task.loss if loss is None else loss, optimizer=chosen.make if optimizer is None else optimizer,
+        model, task.train if data is None else data, loss=task.loss if loss is None else loss, step=step,
+        optimizer=chosen.make if optimizer is None else optimizer,
         epochs=trial.scale.pick(min(2, epochs), epochs, epochs), batch_size=recipe.batch_size, schedule=recipe.schedule,
         seed=trial.seed, device=trial.device, after_epoch=(lambda epoch, value: trial.log(epoch, loss=value)) if log else None,
     )  # fmt: skip

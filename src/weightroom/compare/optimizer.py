@@ -1,21 +1,37 @@
 """Optimizers: the same model, data, loss and batches; each arm steps in its own way.
 
-A method is ``make(params, **hyper) -> torch.optim.Optimizer``.
+A method is ``make(params, **hyper) -> torch.optim.Optimizer``; an ``OptimizerMethod`` may be handed the model instead, to
+reparametrise it in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from weightroom.compare.base import Family, Method, Options, measure, train_by_recipe
 from weightroom.study import Arm, Task, Trial
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "OptimizerMethod"]
 
 _LR = (1e-4, 1e-1, "log")
+
+
+@dataclass(frozen=True)
+class OptimizerMethod(Method):
+    """An optimizer that changes the model too.
+
+    Args:
+        of: what ``make`` gets first: the trainable parameters, or the model, which it may change in place.
+        finish: called with the trained model before it is measured, to change it back.
+    """
+
+    of: Literal["params", "model"] = "params"
+    finish: Callable[[nn.Module], Any] | None = None
 
 
 def _sgd(params: Any, **hyper: Any) -> torch.optim.Optimizer:
@@ -33,7 +49,11 @@ BASELINES = {
 def _arm(task: Task, method: Method, epochs: int | None) -> Arm:
     def run(trial: Trial) -> dict[str, float]:
         model = task.model(seed=trial.seed)
-        train_by_recipe(task, trial, model, optimizer=lambda params: method.make(list(params), **trial.params), epochs=epochs)
+        of_model = getattr(method, "of", "params") == "model"
+        make = lambda params: method.make(model if of_model else list(params), **trial.params)  # noqa: E731
+        train_by_recipe(task, trial, model, optimizer=make, epochs=epochs)
+        if (finish := getattr(method, "finish", None)) is not None:
+            finish(model)
         return measure(task, trial, model)
 
     return Arm(run, method.defaults, method.space, method.cites)

@@ -23,7 +23,8 @@ __all__ = ["FAMILY", "PruneMethod"]
 
 #: Share of the recipe's epochs that fine-tuning takes.
 FINE_TUNE = 0.4
-SPARSITY = (0.5, 0.8, 0.9, 0.95, 0.98)
+#: Compression 2x, 4x, 8x, 16x and 32x, the operating points of ShrinkBench (Blalock et al. 2020, arXiv 2003.03033).
+SPARSITY = (0.5, 0.75, 0.875, 0.9375, 0.96875)
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ BASELINES = {
     "SNIP": PruneMethod(prune.SNIPPruner, start="initial", seeded=True, cites=_bib(
         "lee2019snip", "SNIP: Single-shot Network Pruning based on Connection Sensitivity",
         "Namhoon Lee and Thalaiyasingam Ajanthan and Philip H. S. Torr", 2019, "ICLR")),
+    "GraSP": PruneMethod(prune.GraSPPruner, start="initial", seeded=True, cites=_bib(
+        "wang2020picking", "Picking Winning Tickets Before Training by Preserving Gradient Flow",
+        "Chaoqi Wang and Guodong Zhang and Roger Grosse", 2020, "ICLR")),
     "random": PruneMethod(prune.RandomPruner, seeded=True),
     "random, retrained": PruneMethod(prune.RandomPruner, start="initial", seeded=True),
 }  # fmt: skip

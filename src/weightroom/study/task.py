@@ -104,6 +104,8 @@ class Task:
             "mse" where the targets are floating point, else "accuracy".
         lower_is_better: names of the metrics to minimise; known for the names in ``weightroom.metrics``.
         recipe: how the baseline trains, a ``Recipe`` or a dict of its arguments.
+        teacher: for distillation, given as ``model`` is: a trained module, or what makes one that the recipe then trains. None
+            is a second model of the student's architecture.
 
     Raises:
         TaskError: a data set is empty, or a part is not of the kind named above.
@@ -126,11 +128,14 @@ class Task:
     metrics: Mapping[str, Metric] | None = None
     lower_is_better: tuple[str, ...] = ()
     recipe: Recipe = field(default_factory=Recipe)
+    teacher: ModelFactory | None = None
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         if not isinstance(self.model, ModelFactory):
             put("model", ModelFactory(self.model))
+        if self.teacher is not None and not isinstance(self.teacher, ModelFactory):
+            put("teacher", ModelFactory(self.teacher))
         for split in ("train", "test", "val"):
             dataset = getattr(self, split)
             if dataset is None and split == "val":

@@ -129,7 +129,9 @@ def fit(
         loss: ``loss(outputs, targets)``, or ``loss(outputs, targets, index)`` with the samples' data-set indices where the
             loss has ``needs_index = True``; its parameters and buffers follow the model's device. Not used with ``step``.
         optimizer: an optimizer over the parameters to train, or a function that makes one from ``model``'s trainable
-            parameters. One with ``needs_closure = True`` (and L-BFGS) gets the closure that it needs.
+            parameters. One with ``needs_closure = True`` (and L-BFGS) gets the closure that it needs. One with
+            ``needs_oracle = True`` gets ``step(forward, oracle)``: a function that returns the batch's outputs, and one that
+            returns the loss at given outputs, summed over the batch (a ``loss`` is taken to be a mean over samples).
         epochs: passes over the data; give this or ``steps``.
         steps: optimizer steps.
         batch_size: samples per step, where ``data`` is a data set.
@@ -181,6 +183,9 @@ def fit(
         wrapped, fabric_optimizer = fabric.setup(model, optimizer)
     take_step = step if step is not None else _plain_step(cast(Callable[..., Tensor], loss))
     needs_closure = bool(getattr(optimizer, "needs_closure", isinstance(optimizer, torch.optim.LBFGS)))
+    needs_oracle = bool(getattr(optimizer, "needs_oracle", False))
+    if needs_oracle and (loss is None or step is not None or clip_norm is not None or fabric.world_size > 1):
+        raise UsageError(f"{type(optimizer).__name__} needs a loss, without step or clip_norm, on one device")
     check_every = 1 if fabric.device.type == "cpu" else 50
     done, start = Fit(), time.perf_counter()
 
@@ -194,6 +199,20 @@ def fit(
         if clip_norm is not None:
             fabric.clip_gradients(wrapped, fabric_optimizer, max_norm=clip_norm, error_if_nonfinite=False)
         return value
+
+    def forward() -> Tensor:
+        outputs = wrapped(batch[0])
+        done.forwards += 1
+        if outputs.requires_grad:
+            outputs.register_hook(count_backward)
+        return outputs
+
+    def count_backward(gradient: Tensor) -> None:
+        done.backwards += 1
+
+    def oracle(outputs: Tensor) -> Tensor:
+        index = batch[-1:] if getattr(loss, "needs_index", False) else ()
+        return cast(Callable[..., Tensor], loss)(outputs, batch[1], *index) * len(outputs)
 
     def check(seen: int) -> float:
         mean = float(running) / seen
@@ -214,7 +233,9 @@ def fit(
             running, seen = torch.zeros((), device=fabric.device), 0
             for batch in batches:
                 batch = fabric.to_device(tuple(batch) if isinstance(batch, list) else batch)
-                if needs_closure:
+                if needs_oracle:
+                    value = cast(Any, optimizer).step(forward, oracle)
+                elif needs_closure:
                     value = fabric_optimizer.step(closure=backward)
                 else:
                     value = backward()

@@ -1,0 +1,3 @@
+"""What a trained network looks like inside."""
+
+__all__: list[str] = []
