@@ -3,6 +3,7 @@
 from weightroom.metrics.basic import accuracy, balanced_accuracy, mae, minimised, mse, nll, r2, resolve, top5
 from weightroom.metrics.cost import latency, macs, nonzero_parameters
 from weightroom.metrics.evaluate import check_device, check_fit, device_of, predict
+from weightroom.metrics.robust import robust_correct, tail_robust_accuracy
 
 __all__ = [
     "accuracy",
@@ -20,5 +21,7 @@ __all__ = [
     "predict",
     "r2",
     "resolve",
+    "robust_correct",
+    "tail_robust_accuracy",
     "top5",
 ]
