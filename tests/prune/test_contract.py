@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -15,8 +16,20 @@ import weightroom.prune as room
 from tests.prune.zoo import ZOO, make
 from weightroom.prune import PlanPruner, PruningPlan, prune_gradually, successive_sparsities
 
+#: What makes pruners quick that would be slow here as they come.
+QUICK = {"MFACPruner": {"window": 4, "recomputations": 2}}
+#: Pruners whose kept sets need not nest, and why.
+NOT_NESTED = {"MFACPruner": "each round corrects the weights and ranks them anew, and rounds depend on the target"}
+
+
+def quick(pruner: type[PlanPruner]) -> partial[PlanPruner]:
+    made = partial(pruner, **QUICK.get(pruner.__name__, {}))
+    made.__name__ = pruner.__name__
+    return made
+
+
 PRUNERS = [
-    part
+    quick(part)
     for name in room.__all__
     if isinstance(part := getattr(room, name), type) and issubclass(part, PlanPruner) and part is not PlanPruner
 ]
@@ -127,6 +140,8 @@ def test_plans_survive_saving_and_applying_twice(pruner, name, tmp_path):
 
 @every_pruner
 def test_kept_sets_nest(pruner):
+    if pruner.__name__ in NOT_NESTED:
+        pytest.skip(NOT_NESTED[pruner.__name__])
     model, x, y = build("residual")
     last = None
     for sparsity in (0.0, 0.13, 0.5, 0.5005, 0.77, 0.9, 0.99):
@@ -249,7 +264,7 @@ def test_channels_last_weights_are_pruned_like_any_others(pruner):
     other = fit(pruner(0.6), copy.deepcopy(model).to(memory_format=torch.channels_last), x, y)
     agree = sum(int((other.masks[k] == mask).sum()) for k, mask in plan.masks.items())
     assert counts(other) == counts(plan)
-    assert agree >= counts(plan)[1] - (0 if pruner.__name__ != "SNIPPruner" else 8)  # its gradients round otherwise
+    assert agree >= counts(plan)[1] - (8 if pruner.__name__ in ("MFACPruner", "SNIPPruner") else 0)  # gradients round otherwise
 
 
 @every_pruner

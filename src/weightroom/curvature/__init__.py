@@ -1,3 +1,5 @@
 """Products with Fisher matrices and their inverses."""
 
-__all__: list[str] = []
+from weightroom.curvature.fisher import EmpiricalFisherInverse
+
+__all__ = ["EmpiricalFisherInverse"]
