@@ -58,6 +58,14 @@ MEMBERS = {
     ),
     "DPKaplanMeier, index-scaled": Member(_dp(mechanism="index_scaled"), "survival", {"noise": "laplace"}),
     "DPKaplanMeier, gaussian": Member(_dp(noise="gaussian", delta=1e-5), "survival", {"neighbors": "replace"}),
+    "NormalizedLogisticGD": Member(
+        lambda: estimators.NormalizedLogisticGD(max_iter=200),
+        "classifier",
+        {"gamma": 2.0, "normalize": False, "limit": "batch", "fit_intercept": False, "max_iter": 7, "tol_margin": 0.5},
+    ),
+    "NormalizedLogisticGD, perceptron": Member(
+        lambda: estimators.NormalizedLogisticGD(limit="online", max_iter=200), "classifier", {"warm_start": True}
+    ),
 }
 SURVIVAL = [name for name, member in MEMBERS.items() if member.kind == "survival"]
 PREDICTORS = [name for name, member in MEMBERS.items() if member.kind != "survival"]
@@ -283,6 +291,7 @@ def test_conventions_are_those_of_lifelines(name):
     assert never.median_survival_time_ == type(peer)().fit(t, np.zeros(len(t))).median_survival_time_ == math.inf
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("name", PREDICTORS)
 def test_predictors_pass_scikit_learns_own_checks(name):
     from sklearn.utils.estimator_checks import check_estimator
