@@ -130,6 +130,18 @@ def test_a_method_of_ones_own_joins_a_comparison(tmp_path):
     assert results.direction("nll") == -1
 
 
+def test_a_method_that_does_not_go_with_the_task_is_left_out_unless_it_is_asked_for(tmp_path):
+    make = lambda params, lr: torch.optim.SGD(params, lr=lr)  # noqa: E731
+    reason = {"toy": "it has three classes"}
+    mine = {"picky": wr.Method(make, {"lr": 0.1}, unfit=lambda task: reason.get(task.name))}
+    results = wr.compare("optimizer", toy, methods=mine, arms=None, seeds=1, store=tmp_path, workers=1, scale="smoke")
+    assert "picky" not in set(results.frame.arm)
+    with pytest.raises(UsageError, match="arm 'picky' does not go with task 'toy': it has three classes"):
+        wr.compare("optimizer", toy, methods=mine, arms=["picky"], seeds=1, store=tmp_path)
+    other = toy().with_(name="other")
+    assert "picky" in set(wr.compare("optimizer", other, methods=mine, arms=["picky"], seeds=1, store=tmp_path).frame.arm)
+
+
 def test_a_trained_module_is_pruned_as_it_is(tmp_path):
     task = toy().with_(model=toy().model(seed=3))
     results = wr.compare("prune", task, arms=["global magnitude"], sparsity=(0.5,), seeds=1, store=tmp_path, workers=1)

@@ -26,12 +26,15 @@ class Method:
         defaults: hyper-parameters of the common setting, passed to ``make`` by name.
         space: hyper-parameter -> choices for ``--tune`` (see ``weightroom.study.Arm``).
         cites: BibTeX of what a library brings; a paper of our own is cited by itself.
+        unfit: says of a task why the method cannot be used on it; None, or nothing said, where it can. An unfit method is left
+            out of a comparison.
     """
 
     make: Callable[..., Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     space: Mapping[str, Any] = field(default_factory=dict)
     cites: tuple[Any, ...] = ()
+    unfit: Callable[[Task], str | None] | None = None
 
 
 @dataclass(frozen=True)

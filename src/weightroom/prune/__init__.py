@@ -10,15 +10,19 @@ from weightroom.prune.global_magnitude import (
     global_keep_counts,
     minimum_threshold_sparsities,
 )
+from weightroom.prune.grasp import GraSPPruner
+from weightroom.prune.mfac import MFACPruner
 from weightroom.prune.plan import LayerSparsity, PruningPlan
 from weightroom.prune.snip import SNIPPruner
 
 __all__ = [
     "ERKPruner",
     "GlobalMagnitudePruner",
+    "GraSPPruner",
     "GradualPruning",
     "LAMPPruner",
     "LayerSparsity",
+    "MFACPruner",
     "PlanPruner",
     "PruningPlan",
     "RandomPruner",
