@@ -52,6 +52,8 @@ def compare(
     imbalance: float = 1.0,
     samples: int | None = None,
     download: bool = False,
+    onnx: bool = False,
+    export: str | Path | None = None,
     report: str | Path | None = None,
     store: str | Path = "runs",
     **how: Any,
@@ -74,6 +76,8 @@ def compare(
         imbalance: ratio of the largest to the smallest class in training.
         samples: keep so many training samples.
         download: allow a built-in task to download its data.
+        onnx: measure the latency of "prune" in ONNX Runtime too; some seconds for each trial.
+        export: folder for the best model of each operating point of "prune", as safetensors and ONNX.
         report: path of an HTML report to write.
         store: folder of the store.
         **how: engine, workers, device, time_limit, memory_limit, retry_failed, progress (see ``Study.run``).
@@ -90,7 +94,8 @@ def compare(
     sparsity, eps = ((v,) if isinstance(v, int | float) else v for v in (sparsity, eps))
     study = study_of(
         name, task, arms=arms, methods=methods, sparsity=sparsity, eps=eps, metric=metric, epochs=epochs, seeds=seeds, tune=tune, scale=scale,
-        label_noise=label_noise, imbalance=imbalance, samples=samples, download=download, device=how.get("device", "cpu"),
+        label_noise=label_noise, imbalance=imbalance, samples=samples, download=download, device=how.get("device", "cpu"), onnx=onnx,
+        export=export is not None,
     )  # fmt: skip
     if report is not None:
         check_report(report)
@@ -98,19 +103,25 @@ def compare(
     results.environment = {**results.environment, "command": _command()}
     if report is not None:
         results.report(report)
+    if export is not None:
+        family(name).export(results, Path(export))  # type: ignore[misc]
     return results
 
 
 def study_of(
     name: str, task: str | Path | Task | Callable[[], Task], *, arms: Sequence[str] | None, methods: Mapping[str, Method] | None,
     sparsity: Sequence[float], eps: Sequence[float], metric: str | None, epochs: int | None, seeds: int | Sequence[int], tune: int,
-    scale: str | Scale, label_noise: float, imbalance: float, samples: int | None, download: bool, device: str,
+    scale: str | Scale, label_noise: float, imbalance: float, samples: int | None, download: bool, device: str, onnx: bool = False,
+    export: bool = False,
 ) -> Study:  # fmt: skip
     """Returns the study behind ``compare``, not yet run."""
     kind = family(name)
     for option, given_value, owner in (("sparsity", sparsity, "prune"), ("eps", eps, "robust")):
         if given_value and name != owner:
             raise UsageError(f"{option} belongs to the family {owner!r}, not to {name!r}")
+    for option, asked in (("onnx", onnx), ("export", export)):
+        if asked and kind.export is None:
+            raise UsageError(f"{option} belongs to the family 'prune', not to {name!r}")
     if epochs is not None and epochs < 1:
         raise UsageError(f"epochs must be >= 1, got {epochs}")
     given = _methods(kind, methods or {})
@@ -130,7 +141,7 @@ def study_of(
         if arms is not None and name in arms:
             raise UsageError(f"arm {name!r} does not go with task {loaded.name!r}: {reason}")
     given = {name: method for name, method in given.items() if name not in unfit}
-    runs, settings = kind.arms(loaded, given, Options(tuple(sparsity), tuple(eps), epochs))
+    runs, settings = kind.arms(loaded, given, Options(tuple(sparsity), tuple(eps), epochs, onnx, export))
     decides = metric or kind.metric or loaded.metric
     return Study(
         name=f"compare {name}: {loaded.name}", arms=runs, metric=decides, direction=directions[decides],

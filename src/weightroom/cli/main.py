@@ -159,6 +159,14 @@ def cli() -> None:
 @click.option("--imbalance", type=float, default=1.0, metavar="R", help="Ratio of the largest to the smallest class in training.")
 @click.option("--samples", type=int, default=None, metavar="N", help="Keep so many training samples.")
 @click.option("--download", is_flag=True, help="Allow a built-in task to download its data.")
+@click.option("--onnx", is_flag=True, help="Measure the latency of 'prune' in ONNX Runtime too.")
+@click.option(
+    "--export",
+    type=click.Path(file_okay=False),
+    default=None,
+    metavar="DIR",
+    help="Write the best model of each operating point of 'prune' here, as safetensors and ONNX.",
+)
 @_RUN
 def compare(
     family: str,

@@ -185,7 +185,7 @@ def cost_text(cost: str, value: float) -> str:
         return ""
     if cost.endswith("seconds"):
         return f"{value:.3g} s"
-    if cost == "latency":
+    if "latency" in cost:
         return f"{1e3 * value:.3g} ms"
     if cost == "peak_memory":
         return f"{value / 2**20:.0f} MiB"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from weightroom import metrics, train
-from weightroom.study import Task, Trial
+from weightroom.study import Results, Task, Trial
 
-__all__ = ["Family", "Method", "Options", "measure", "train_by_recipe"]
+__all__ = ["Family", "Method", "Options", "measure", "sample_inputs", "train_by_recipe"]
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,21 @@ class Method:
 
 @dataclass(frozen=True)
 class Options:
-    """What the user of a comparison may choose beside the task."""
+    """What the user of a comparison may choose beside the task.
+
+    Args:
+        sparsity: operating points of "prune".
+        eps: sizes of the perturbation of "robust".
+        epochs: instead of the recipe's.
+        onnx: measure latency in ONNX Runtime too.
+        export: leave the model of each trial in its folder, as ``model.safetensors`` and ``model.onnx``.
+    """
 
     sparsity: Sequence[float] = ()
     eps: Sequence[float] = ()
     epochs: int | None = None
+    onnx: bool = False
+    export: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,8 @@ class Family:
         costs: the costs worth showing in the terminal's table.
         metrics: metrics beyond the task's own -> direction.
         metric: the one of them that decides; the task's first when None.
+        export: ``(results, folder) -> folders written``: copies the best models of a comparison that was run with
+            ``Options(export=True)``; None where there is nothing to export.
     """
 
     name: str
@@ -69,6 +82,7 @@ class Family:
     costs: tuple[str, ...] = ("train_seconds", "parameters", "latency", "peak_memory")
     metrics: Mapping[str, Any] = field(default_factory=dict)
     metric: str | None = None
+    export: Callable[[Results, Path], list[Path]] | None = None
 
 
 def train_by_recipe(
@@ -113,10 +127,14 @@ def train_by_recipe(
 
 def measure(task: Task, trial: Trial, model: nn.Module) -> dict[str, float]:
     """Returns the task's metrics on the trial's split; counts parameters, FLOPs and latency (a batch of 64) as costs."""
-    device = metrics.device_of(model)
-    dataset: Any = task.test
-    inputs = torch.stack([torch.as_tensor(dataset[i][0]) for i in range(min(64, len(dataset)))]).to(device)
+    inputs = sample_inputs(task).to(metrics.device_of(model))
     trial.spend(
         parameters=metrics.nonzero_parameters(model), flops=2 * metrics.macs(model, inputs[:1]), latency=metrics.latency(model, inputs)
     )  # fmt: skip
     return task.evaluate(model, trial.split)
+
+
+def sample_inputs(task: Task) -> Tensor:
+    """Up to 64 test inputs, to time a model with."""
+    dataset: Any = task.test
+    return torch.stack([torch.as_tensor(dataset[i][0]) for i in range(min(64, len(dataset)))])

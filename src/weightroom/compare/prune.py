@@ -7,16 +7,22 @@ says what is pruned: the trained model (then fine-tuned), or the model at initia
 from __future__ import annotations
 
 import copy
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from safetensors.torch import save_model
 from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
 
-from weightroom import prune
-from weightroom.compare.base import Family, Method, Options, measure, train_by_recipe
+from weightroom import metrics, prune
+from weightroom.compare.base import Family, Method, Options, measure, sample_inputs, train_by_recipe
 from weightroom.errors import UsageError
-from weightroom.study import Arm, Task, Trial
+from weightroom.metrics.onnx import onnx_latency, onnx_runtime, to_onnx
+from weightroom.study import Arm, Results, Task, Trial
 from weightroom.train import Batches
 
 __all__ = ["FAMILY", "PruneMethod"]
@@ -69,8 +75,8 @@ BASELINES = {
 }  # fmt: skip
 
 
-def _arm(task: Task, method: Method, epochs: int | None) -> Arm:
-    start = getattr(method, "start", "trained")
+def _arm(task: Task, method: Method, options: Options) -> Arm:
+    start, epochs = getattr(method, "start", "trained"), options.epochs
 
     def run(trial: Trial) -> dict[str, float]:
         model = task.model(seed=trial.seed).to(trial.device)
@@ -85,9 +91,60 @@ def _arm(task: Task, method: Method, epochs: int | None) -> Arm:
             plan.apply(model, mode="mask")
         train_by_recipe(task, trial, model, epochs=_epochs(task, epochs, start))
         trial.spend(trainings=1.0)
-        return {**measure(task, trial, model), "sparsity": 0.0 if pruner is None else plan.sparsity()}
+        found = {**measure(task, trial, model), "sparsity": 0.0 if pruner is None else plan.sparsity()}
+        _deploy(task, trial, model, options)
+        return found
 
     return Arm(run, method.defaults, method.space, method.cites)
+
+
+def _deploy(task: Task, trial: Trial, model: nn.Module, options: Options) -> None:
+    """Times the model as it would be used, its masks made permanent; leaves it in the trial's folder where that was asked for."""
+    plain = copy.deepcopy(model).eval()
+    for module in plain.modules():
+        for name in [name.removesuffix("_orig") for name, _ in module.named_parameters(recurse=False) if name.endswith("_orig")]:
+            torch_prune.remove(module, name)
+    inputs = sample_inputs(task)
+    trial.spend(latency_1=metrics.latency(plain, inputs[:1].to(trial.device)))
+    if not (options.onnx or options.export):
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = trial.folder if options.export else Path(scratch)
+        path = to_onnx(plain, inputs, folder / "model.onnx")
+        trial.spend(onnx_latency=onnx_latency(path, inputs), onnx_latency_1=onnx_latency(path, inputs[:1]))
+    if options.export:
+        save_model(plain, str(trial.folder / "model.safetensors"))
+
+
+def export(results: Results, folder: Path) -> list[Path]:
+    """Copies the best model of each operating point: of the arm with the best mean, dense aside, the seed that did best.
+
+    Args:
+        results: of a comparison whose trials have left their models.
+        folder: gets a folder for each operating point with ``model.safetensors`` (the state dict), ``model.onnx`` and
+            ``model.json`` (which trial it is, what it was measured to be).
+
+    Returns:
+        The folders written.
+    """
+    study, frame = results.study, results.frame
+    done = frame[(frame.status == "done") & (frame.variant == ("tuned" if results.tuned else "common")) & (frame.arm != "dense")]
+    sign = results.direction(study.metric)
+    written = []
+    for setting in study.settings:
+        rows = done[done.setting == setting]
+        if rows.empty:
+            continue
+        best = (sign * rows.groupby("arm")[study.metric].mean()).idxmax()
+        rows = rows[rows.arm == best]
+        trial = rows.loc[(sign * rows[study.metric]).idxmax()]
+        target = folder / f"sparsity-{setting}"
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("model.safetensors", "model.onnx"):
+            shutil.copyfile(results.folder / "trials" / trial.fingerprint / name, target / name)
+        (target / "model.json").write_text(trial.dropna().to_json(indent=1) + "\n")
+        written.append(target)
+    return written
 
 
 class _Batches:
@@ -127,10 +184,13 @@ def arms(task: Task, methods: Mapping[str, Method], options: Options) -> tuple[d
             raise UsageError(f"sparsity must be in [0, 1), got {sparsity:g}: it is the share of weights that is removed")
     if len(set(points)) != len(points):
         raise UsageError(f"every sparsity may be given once, got {', '.join(f'{s:g}' for s in points)}")
-    return {name: _arm(task, method, options.epochs) for name, method in methods.items()}, {f"{s:g}": float(s) for s in points}
+    if options.onnx or options.export:
+        onnx_runtime()
+    return {name: _arm(task, method, options) for name, method in methods.items()}, {f"{s:g}": float(s) for s in points}
 
 
 FAMILY = Family(
     "prune", "pruning methods on one trained model per seed; bring a model and data", BASELINES, "dense", arms,
-    costs=("train_seconds", "parameters", "flops", "latency", "peak_memory"), metrics={"sparsity": "max"},
+    costs=("train_seconds", "parameters", "flops", "latency", "latency_1", "onnx_latency", "onnx_latency_1", "peak_memory"),
+    metrics={"sparsity": "max"}, export=export,
 )  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from weightroom.errors import MissingExtraError, WeightroomError
 
-__all__ = ["OnnxMismatchError", "onnx_latency", "onnx_outputs", "to_onnx"]
+__all__ = ["OnnxMismatchError", "onnx_latency", "onnx_outputs", "onnx_runtime", "to_onnx"]
 
 _OPTIMIZED = 99  # the enumeration's value for all of ONNX Runtime's graph optimisations
 
@@ -42,7 +42,7 @@ def to_onnx(model: nn.Module, example_inputs: Tensor, path: str | Path, *, toler
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
         OnnxMismatchError: the outputs differ.
     """
-    _runtime()
+    onnx_runtime()
     twin = copy.deepcopy(model).cpu().eval()
     inputs = example_inputs.detach().cpu()
     inputs = torch.cat([inputs, inputs]) if len(inputs) == 1 else inputs  # a batch of one would be taken for a constant
@@ -77,15 +77,21 @@ def onnx_latency(path: str | Path, inputs: Tensor, *, repeats: int = 20) -> floa
 
 
 def _session(path: str | Path) -> Any:
-    runtime = _runtime()
+    runtime = onnx_runtime()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = runtime.GraphOptimizationLevel(_OPTIMIZED)
     return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _runtime() -> Any:
+def onnx_runtime() -> Any:
+    """Returns the module ``onnxruntime``.
+
+    Raises:
+        MissingExtraError: it, onnx or onnxscript is not installed.
+    """
     try:
+        import onnx  # noqa: F401
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:

@@ -46,7 +46,17 @@ SYMBOLS = {
 }  # fmt: skip
 DASHES = {"solid": "none", "dash": "5 3", "dot": "2 2"}
 #: Costs in the order in which the page offers them for the x axis.
-ON_X = ("parameters", "flops", "latency", "train_seconds", "seconds", "peak_memory")
+ON_X = (
+    "parameters",
+    "flops",
+    "latency",
+    "latency_1",
+    "onnx_latency",
+    "onnx_latency_1",
+    "train_seconds",
+    "seconds",
+    "peak_memory",
+)
 #: Points of a training curve at the most.
 POINTS = 200
 #: Costs whose name is not what to call them.
@@ -55,7 +65,15 @@ NAMES = {"seconds": "time", "train_seconds": "training time", "flops": "FLOPs"}
 _TIME = {"µs": 1e-6, "ms": 1e-3, "s": 1.0}
 _COUNT = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BYTES = {"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
-_UNITS = {"seconds": _TIME, "train_seconds": _TIME, "latency": _TIME, "peak_memory": _BYTES}
+_UNITS = {
+    "seconds": _TIME,
+    "train_seconds": _TIME,
+    "latency": _TIME,
+    "latency_1": _TIME,
+    "onnx_latency": _TIME,
+    "onnx_latency_1": _TIME,
+    "peak_memory": _BYTES,
+}
 #: What trials are for.
 STAGES = {"common": "common setting", "tuned": "tuned", "search": "tuning"}
 #: Of the verdicts, so that colour is never alone.
