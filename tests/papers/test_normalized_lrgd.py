@@ -7,8 +7,10 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from sklearn.svm import LinearSVC
 
+import weightroom as wr
 from weightroom.papers import normalized_lrgd as paper
 from weightroom.study import Arm, Scale, Trial
 
@@ -113,3 +115,16 @@ def test_card():
         "weightroom.optim.NormalizedLRGD",
     ]
     assert "2412.08424" in paper.PAPER.bibtex
+
+
+def test_the_loss_joins_a_comparison_on_two_classes_alone(tmp_path):
+
+    method = paper.PAPER.methods["normalized logistic"]
+    assert method.unfit(wr.tasks.load("breast-cancer")) is None
+    assert method.unfit(wr.tasks.load("digits")) == "its loss needs two logits for each sample, the model gives (10,)"
+    logits = torch.tensor([[0.0, 2.0], [1.0, 0.5]], requires_grad=True)
+    value = method.make(None)(logits, torch.tensor([1, 0]))
+    value.backward()
+    assert float(value.detach()) == pytest.approx((math.log1p(math.exp(-2)) + math.log1p(math.exp(-0.5))) / 2, rel=1e-6)
+    p = torch.softmax(torch.nn.functional.logsigmoid(torch.tensor([-2.0, -0.5])), 0)
+    torch.testing.assert_close(logits.grad, torch.stack([torch.stack([p[0], -p[0]]), torch.stack([-p[1], p[1]])]))

@@ -9,16 +9,45 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from weightroom.compare.base import Method
 from weightroom.estimators import NormalizedLogisticGD
 from weightroom.losses import NormalizedLogisticLoss
 from weightroom.optim import NormalizedLRGD
 from weightroom.papers.base import Paper
-from weightroom.study import Arm, Claim, Expect, Scale, Study, Trial
+from weightroom.study import Arm, Claim, Expect, Scale, Study, Task, Trial
 from weightroom.study.core import Direction
 
 __all__ = ["PAPER", "study"]
+
+
+class _Difference(nn.Module):
+    """The normalized logistic loss of the difference of two logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = NormalizedLogisticLoss()
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return self.loss(logits[:, 1] - logits[:, 0], target)
+
+
+def _of_two_logits(task: Task) -> nn.Module:
+    return _Difference()
+
+
+def _unfit(task: Task) -> str | None:
+    with torch.no_grad():
+        logits = task.model().eval().cpu()(torch.as_tensor(task.train[0][0])[None])
+    return (
+        None
+        if logits.shape == (1, 2)
+        else f"its loss needs two logits for each sample, the model gives {tuple(logits.shape[1:])}"
+    )
+
 
 PAPER = Paper(
     key="normalized-lrgd",
@@ -36,13 +65,13 @@ PAPER = Paper(
     "a high loss says nothing about how far it is.",
     limits="It looks for a separating hyperplane and nothing else: the scores are no probabilities, the margin may be small, and on "
     "data without one it never settles. A linear program tells at once that the digits 8 and 9 cannot be separated from the "
-    "rest and that 1 and 3 can, which no method here finds out in 6,000 iterations. The bound is one on iterations over all "
-    "rows; L-BFGS, and a perceptron that updates after every wrong row, may need fewer passes, and the gain over LR+GD comes "
-    "near to what balanced class weights give. On classes of equal size it needs more iterations than LR+GD in the paper and on "
-    "MNIST, and on pairs of small digits the winner changes with the pair and the step. A line of the paper says that the factor "
-    "tends to the number of wrong rows; it tends to n over that, and the steps are right. No public code was found. The loss is for "
-    "one logit and two classes, so it is not among the arms of a comparison of losses; networks and minibatches are outside the "
-    "theory.",
+    "rest and that 1 and 3 can, which no method here finds out in 6,000 iterations. On imbalanced data LR+GD needed three times as "
+    "many iterations, but L-BFGS four fewer, a perceptron that updates after every wrong row seven fewer passes, and balanced class "
+    "weights save LR+GD about as much as normalising does. On classes of equal size it needs more iterations than LR+GD in the paper "
+    "and on MNIST; of four pairs of small digits it needed fewer on three. A line of the paper says that the factor "
+    "tends to the number of wrong rows; it tends to n over that, and the steps are right. No public code was found. Networks and "
+    "minibatches, and so the arm in a comparison of losses, are outside the theory.",
+    methods={"normalized logistic": Method(_of_two_logits, {}, {"lr": (1e-4, 1e-1, "log")}, unfit=_unfit)},
 )
 
 Floats = NDArray[np.float64]
