@@ -108,7 +108,9 @@ def test_a_halfspace_by_hand():
 def test_halfspaces_that_nearly_oppose_meet_far_away():
     A = torch.tensor([[1.0, 1e-3], [-1.0, 1e-3]], dtype=torch.float64)
     b = torch.tensor([-1.0, -1.0], dtype=torch.float64)  # y <= -1000
-    torch.testing.assert_close(project_halfspaces(A, b)(torch.zeros(2).double()), torch.tensor([0.0, -1000.0]).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        project_halfspaces(A, b)(torch.zeros(2).double()), torch.tensor([0.0, -1000.0]).double(), atol=1e-6, rtol=0
+    )
 
 
 def test_two_points_are_projected_together():
@@ -157,7 +159,7 @@ def test_errors(call, says):
 
 
 def test_points_must_be_floating_point():
-    with pytest.raises(TypeError, match="got torch.int64"):
+    with pytest.raises(TypeError, match=r"got torch\.int64"):
         project_box(0.0, 1.0)(torch.ones(2, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="one dtype"):
         project_box(0.0, 1.0)({"a": torch.ones(1), "b": torch.ones(1).double()})

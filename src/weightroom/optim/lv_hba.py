@@ -140,6 +140,8 @@ class _Flat:
     def __init__(self, problem: BilevelProblem, x: Any, y: Any) -> None:
         self.X, self.Y, self.problem = Layout(x, "x0"), Layout(y, "y0"), problem
         zero = torch.zeros_like(self.Y.flat(y).detach())
+        if self.X.flat(x).dtype != zero.dtype or self.X.flat(x).device != zero.device:
+            raise UsageError("x0 and y0 must have the same dtype and device")
         self.none, problem._y = zero[:0], self.Y.point(zero)
 
     def F(self, x: Tensor, y: Tensor) -> Tensor:
@@ -247,6 +249,7 @@ def lv_hba(
     _check_rows(q, x, y)
     theta = y if theta0 is None else q.P_Y(q.Y.flat(theta0).detach())
     lam, z = (_multiplier(name, given, q.g(x, y), low, r) for name, given in (("lam0", lam0), ("z0", z0)))
+
     def saddle(x: Tensor, y: Tensor, theta: Tensor, lam: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Step 1, without the projection onto Y: descent in theta, ascent in lambda, both from the old ones."""
         th = theta.detach().requires_grad_()
@@ -313,7 +316,7 @@ def value_function(
         problem: the functions and the projection onto Y.
         x: upper variables.
         y: proximal centre of theta.
-        z: proximal centre of lambda, (p,); 0 when None.
+        z: proximal centre of lambda, (p,), clipped to Z; 0 when None.
         gamma1: proximal parameter > 0 of theta.
         gamma2: proximal parameter > 0 of lambda.
         r: bound > 0 on each multiplier.
@@ -476,6 +479,8 @@ def _fista(
 def _gradients(at: tuple[Tensor, ...], *terms: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """The gradient of the weighted sum of terms, 0 where none depends on a variable."""
     terms = tuple(term for term in terms if term[0].requires_grad)
+    if not terms:
+        return tuple(torch.zeros_like(variable) for variable in at)
     outputs, weights = zip(*terms, strict=True)
     return torch.autograd.grad(outputs, at, weights, materialize_grads=True)
 
@@ -505,7 +510,7 @@ def _multiplier(name: str, given: Any, g: Tensor, low: float, high: float) -> Te
 
 def _check_feasible(q: _Flat, x: Tensor, y: Tensor, when: str) -> None:
     violation = float(q.violation(q.g(x, y)))
-    if violation > FEASIBLE:
+    if not violation <= FEASIBLE:
         raise UsageError(
             f"project_joint must return points that satisfy the constraint to {FEASIBLE:g}: "
             f"{when} it is violated by {violation:.2g}"
@@ -550,7 +555,9 @@ def _record(
     gamma1: float, gamma2: float,
 ) -> None:  # fmt: skip
     lower = q.f(x, y)
-    tracked = q.f(x, theta) + lam @ q.g(x, theta) + (theta - y).square().sum() / (2 * gamma1) - (lam - z).square().sum() / (2 * gamma2)
-    values = (step, q.F(x, y), lower, lower - tracked, q.violation(q.g(x, y)))
+    tracked = (
+        q.f(x, theta) + lam @ q.g(x, theta) + (theta - y).square().sum() / (2 * gamma1) - (lam - z).square().sum() / (2 * gamma2)
+    )
+    values: tuple[Any, ...] = (step, q.F(x, y), lower, lower - tracked, q.violation(q.g(x, y)))
     for name, value in zip(history, values, strict=True):
         history[name].append(float(value))
