@@ -61,7 +61,7 @@ def compare(
     """Compares the methods of a family on one task: same seeds, splits, initial weights and batches for all.
 
     Args:
-        name: the family: "prune", "loss", "optimizer", "adapt", "distill" or "robust".
+        name: the family: "prune", "loss", "optimizer", "adapt", "distill", "robust", "patch" or "merge".
         task: a ``Task``, a function that returns one, a built-in name, or a Python file (see ``weightroom.tasks.load``).
         arms: names of the arms to run, all when None; the baseline always runs.
         methods: arms of your own, name -> ``Method``, beside those that are there.

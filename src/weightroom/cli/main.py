@@ -178,7 +178,7 @@ def compare(
     report: str | None,
     **given: Any,
 ) -> int:
-    """Compares the methods of FAMILY (prune, loss, optimizer, adapt, distill, robust) on one task."""
+    """Compares the methods of FAMILY (prune, loss, optimizer, adapt, distill, robust, patch, merge) on one task."""
     from weightroom import api
     from weightroom.cli import show
 

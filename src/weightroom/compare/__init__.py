@@ -8,6 +8,6 @@ from weightroom.lazy import callable_module
 __all__ = ["FAMILIES"]
 
 #: Families of methods that can be compared; each is a module of this package with a ``FAMILY``.
-FAMILIES = ("prune", "loss", "optimizer", "adapt", "distill", "robust")
+FAMILIES = ("prune", "loss", "optimizer", "adapt", "distill", "robust", "patch", "merge")
 
 callable_module(__name__, "weightroom.api", "compare")
