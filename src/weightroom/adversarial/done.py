@@ -14,6 +14,8 @@ Known not to work, or to differ:
 
 - Clean accuracy is not improved. On balanced data the gain is small; reweighting by class frequency or by the margin of the
   prediction (MAIL) does as well or better on imbalanced data. With wrong labels the weight goes to them.
+- With a running mean (``ema`` < 1) and r of the order of the losses a single example can get a hundred times a mean's weight, and
+  training can break for good: give ``max_weight``, a larger r, or ``ema=1``.
 - The implicit part of the gradient is small, and costs two more passes: "first_order" is the default.
 - The attack takes sign steps, as PGD does. What the names DONE-GD and DONE-ADAM of the paper's tables stand for could not be settled.
 """

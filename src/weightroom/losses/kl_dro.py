@@ -17,7 +17,8 @@ Sow, Lin, Wang, Liang, "Doubly Robust Instance-Reweighted Adversarial Training",
 closed form (section 3) and the running estimate of the compositional method (section 4).
 
 Known not to work: with wrong labels the weight goes to them. Where losses rise quickly u lags behind, the weights sum to more
-than one, and the step is longer than that of a mean: see ``max_weight``.
+than one (up to 1 / ema), and the step is longer than that of a mean; after such a batch u is large and all weights are next to
+nothing for some 1 / ema batches and more. Training can break so for good: see ``max_weight``, or take a larger r.
 """
 
 from __future__ import annotations
