@@ -1,6 +1,7 @@
 import functools
 import subprocess
 import sys
+from collections.abc import Mapping
 import types
 from dataclasses import dataclass
 
@@ -100,6 +101,24 @@ def test_an_arm_does_not_depend_on_the_arms_beside_it():
     memo = {}
     fingerprint(two, memo=memo)
     assert fingerprint(one, memo=memo) == fingerprint(one)
+
+
+class Table(Mapping[str, int]):
+    """A class of a generic abstract base, as users write them."""
+
+    def __getitem__(self, key):
+        return 1
+
+    def __iter__(self):
+        return iter(())
+
+    def __len__(self):
+        return 0
+
+
+def test_classes_of_generic_bases():
+    assert fingerprint(Table) == fingerprint(Table)
+    assert fingerprint(lambda: Table())
 
 
 def test_it_is_the_same_in_another_process():
