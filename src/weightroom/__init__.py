@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from weightroom.study import Arm, Claim, Expect, Recipe, Results, Scale, Study, Task, Trial, Verdict
 
 _PACKAGES = (
-    "adversarial", "compare", "curvature", "data", "diagnostics", "distill", "estimators", "kernels", "losses", "metrics", "nets", "optim", "papers", "prune", "study",
-    "tasks", "train", "transport", "weights",
+    "adversarial", "compare", "curvature", "data", "diagnostics", "distill", "estimators", "kernels", "losses",
+    "metrics", "nets", "optim", "papers", "prune", "study", "tasks", "train", "transport", "weights",
 )  # fmt: skip
 _STUDY = ("Arm", "Claim", "Expect", "Recipe", "Results", "Scale", "Study", "Task", "Trial", "Verdict")
 

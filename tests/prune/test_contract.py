@@ -17,13 +17,18 @@ from tests.prune.zoo import ZOO, make
 from weightroom.prune import PlanPruner, PruningPlan, prune_gradually, successive_sparsities
 
 #: What makes pruners quick that would be slow here as they come.
-QUICK = {"MFACPruner": {"window": 4, "recomputations": 2}}
+QUICK = {"MFACPruner": {"window": 4, "recomputations": 2}, "RDPruner": {"grid": 20}}
+#: What makes pruners count all weights, as the tests here do, that by themselves leave some dense or refuse some networks.
+WHOLE = {"DIMAPPruner": {"modules": {"*": "all"}}}
 #: Pruners whose kept sets need not nest, and why.
-NOT_NESTED = {"MFACPruner": "each round corrects the weights and ranks them anew, and rounds depend on the target"}
+NOT_NESTED = {
+    "MFACPruner": "each round corrects the weights and ranks them anew, and rounds depend on the target",
+    "RDPruner": "amounts are optimised anew for each sparsity",
+}
 
 
 def quick(pruner: type[PlanPruner]) -> partial[PlanPruner]:
-    made = partial(pruner, **QUICK.get(pruner.__name__, {}))
+    made = partial(pruner, **QUICK.get(pruner.__name__, {}), **WHOLE.get(pruner.__name__, {}))
     made.__name__ = pruner.__name__
     return made
 

@@ -1,8 +1,8 @@
 import functools
 import subprocess
 import sys
-from collections.abc import Mapping
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np

@@ -68,12 +68,13 @@ PAPER = Paper(
     claim="A loss on logits, class by class, makes a student worse when it joins cross entropy on one linear classifier, even worse "
     "than either loss alone; on an auxiliary head, dropped after training, it makes the student better than other ways to distil.",
     limits="On Gaussian clusters with small perceptrons, the only place where it was run here, the two losses do not conflict: the "
-    "cosine of their gradients is about +0.5 on the one head and on the backbone, late in training too. What hurts one head is that "
-    "the logit-level loss, summed over classes, outweighs cross entropy: at weight 1 two heads were three points above one, but one "
-    "head with a tenth of the weight was as good as two, and with the weight of every arm tuned (0.03 on one head, 0.3 on two) the "
-    "difference was 0.4 points, and neither was above plain distillation. A weight found for 100 classes is not one for 1000. Gradient alignment over all parameters, "
-    "as in the authors' code, leaves some conflict in the backbone and enlarges the head's own gradient; scope='shared' does "
-    "neither. The authors' code clamps sigmoids at 1e-8 and loses the gradient of large differences; the part does not.",
+    "cosine of their gradients is about +0.5 on the one head and on the backbone, late in training too. What hurts one head "
+    "is that the logit-level loss, summed over classes, outweighs cross entropy: at weight 1 two heads were three points "
+    "above one, but one head with a tenth of the weight was as good as two, and with the weight of every arm tuned (0.03 on "
+    "one head, 0.3 on two) the difference was 0.4 points, and neither was above plain distillation. A weight found for 100 "
+    "classes is not one for 1000. Gradient alignment over all parameters, as in the authors' code, leaves some conflict in "
+    "the backbone and enlarges the head's own gradient; scope='shared' does neither. The authors' code clamps sigmoids at "
+    "1e-8 and loses the gradient of large differences; the part does not.",
     methods={
         "dual head": _method("linear"),
         "dual head, nonlinear": _method("nonlinear"),

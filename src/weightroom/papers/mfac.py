@@ -36,12 +36,13 @@ PAPER = Paper(
     claim="Pruned with the full inverse Fisher, in a few rounds, a network keeps far more accuracy right after the cut than by "
     "magnitude or a diagonal Fisher; as an optimizer it beats SGD and Adam on a number of tasks without tuning.",
     limits="As a pruner it wants several rounds: one cut to a high sparsity is no better than LAMP, which needs no data. On digits "
-    "the optimizer trains stably with its defaults (93 percent in ten epochs; ten times the learning rate diverges) and is ahead of "
-    "Adam at the usual rate of 1e-3, which is low for Adam; with tuned rates Adam is ahead, and a window of one gradient is no worse; the paper's gains are on fine-tuned language models, out of reach "
-    "here. Its step grows with the window (the first is g/(lambda + |g|^2/m)), and where gradients vanish it overshoots: decay the "
-    "learning rate. Memory is m times that of the weights. The authors' code leaves the last row of the pruner's window zero, "
-    "refuses closures, fails on parameters without gradients and truncates counts; the parts do none of that. The paper's "
-    "recursions are replaced by one Cholesky factorisation in float64, with the same results.",
+    "the optimizer trains stably with its defaults (93 percent in ten epochs; ten times the learning rate diverges) and is "
+    "ahead of Adam at the usual rate of 1e-3, which is low for Adam; with tuned rates Adam is ahead, and a window of one "
+    "gradient is no worse; the paper's gains are on fine-tuned language models, out of reach here. Its step grows with the "
+    "window (the first is g/(lambda + |g|^2/m)), and where gradients vanish it overshoots: decay the learning rate. Memory "
+    "is m times that of the weights. The authors' code leaves the last row of the pruner's window zero, refuses closures, "
+    "fails on parameters without gradients and truncates counts; the parts do none of that. The paper's recursions are "
+    "replaced by one Cholesky factorisation in float64, with the same results.",
     methods={"M-FAC": PruneMethod(prune.MFACPruner, {}, {"damping": (1e-7, 1e-2, "log")})},
     also={"optimizer": {"m-fac": Method(optim.MFAC, {"lr": 1e-3}, {"lr": (1e-4, 1e-1, "log")})}},
 )

@@ -63,14 +63,14 @@ PAPER = Paper(
     claim="Gradient descent on the logistic loss tends to a batch perceptron as its step grows and may need iterations in proportion "
     "to the number of rows; divided by the mean wrongness it needs no more than a perceptron does, on imbalanced data fewer, and "
     "a high loss says nothing about how far it is.",
-    limits="It looks for a separating hyperplane and nothing else: the scores are no probabilities, the margin may be small, and on "
-    "data without one it never settles. A linear program tells at once that the digits 8 and 9 cannot be separated from the "
-    "rest and that 1 and 3 can, which no method here finds out in 6,000 iterations. On imbalanced data LR+GD needed three times as "
-    "many iterations, but L-BFGS four fewer, a perceptron that updates after every wrong row seven fewer passes, and balanced class "
-    "weights save LR+GD about as much as normalising does. On classes of equal size it needs more iterations than LR+GD in the paper "
-    "and on MNIST; of four pairs of small digits it needed fewer on three. A line of the paper says that the factor "
-    "tends to the number of wrong rows; it tends to n over that, and the steps are right. No public code was found. Networks and "
-    "minibatches, and so the arm in a comparison of losses, are outside the theory.",
+    limits="It looks for a separating hyperplane and nothing else: the scores are no probabilities, the margin may be small, and "
+    "on data without one it never settles. A linear program tells at once that the digits 8 and 9 cannot be separated from "
+    "the rest and that 1 and 3 can, which no method here finds out in 6,000 iterations. On imbalanced data LR+GD needed "
+    "three times as many iterations, but L-BFGS four fewer, a perceptron that updates after every wrong row seven fewer "
+    "passes, and balanced class weights save LR+GD about as much as normalising does. On classes of equal size it needs "
+    "more iterations than LR+GD in the paper and on MNIST; of four pairs of small digits it needed fewer on three. A line "
+    "of the paper says that the factor tends to the number of wrong rows; it tends to n over that, and the steps are right. "
+    "No public code was found. Networks and minibatches, and so the arm in a comparison of losses, are outside the theory.",
     methods={"normalized logistic": Method(_of_two_logits, {}, {"lr": (1e-4, 1e-1, "log")}, unfit=_unfit)},
 )
 

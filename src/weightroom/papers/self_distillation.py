@@ -61,13 +61,14 @@ PAPER = Paper(
     "that, so that the steps converge to ridge with an amplified penalty instead of zero; the best weight of the labels has a "
     "formula, and for networks an estimate that spares the grid search.",
     limits="Distillation only adds regularisation: where the penalty is large enough already a further step harms, and a ridge "
-    "whose penalty is chosen on the same validation points needs no distillation. The estimate for networks takes predictions "
-    "to be affine in the weight, which holds for the squared error of a linear model alone, and it needs validation data with "
-    "clean labels. The authors' script asks the teacher about each augmented batch and keeps the checkpoint with the best test "
-    "accuracy; here the targets are computed once and nothing is chosen on test data. On digits with wrong labels the estimate was "
-    "about a point below the grid (undecided with ten seeds) for half of its trainings, and no better than distillation without any "
-    "labels; the three points over cross entropy belong to the squared error, for the teacher has them, too. On the sine, fitting "
-    "the validation points as well was worth as much as distilling with them.",
+    "whose penalty is chosen on the same validation points needs no distillation. The estimate for networks takes "
+    "predictions to be affine in the weight, which holds for the squared error of a linear model alone, and it needs "
+    "validation data with clean labels. The authors' script asks the teacher about each augmented batch and keeps the "
+    "checkpoint with the best test accuracy; here the targets are computed once and nothing is chosen on test data. On "
+    "digits with wrong labels the estimate was about a point below the grid (undecided with ten seeds) for half of its "
+    "trainings, and no better than distillation without any labels; the three points over cross entropy belong to the "
+    "squared error, for the teacher has them, too. On the sine, fitting the validation points as well was worth as much as "
+    "distilling with them.",
     methods={
         "self-distillation": DistillMethod(
             _whole,

@@ -32,8 +32,10 @@ __all__ = [
     "PlanPruner",
     "Schedule",
     "ScheduleSpec",
+    "alive_magnitudes",
     "apportion",
     "check_finite",
+    "lamp_scores",
     "magnitudes",
     "prunable",
     "prune_gradually",
@@ -103,6 +105,36 @@ def magnitudes(site: Site) -> Tensor:
     """:math:`|w|`, in float32 at least."""
     weight = site.tensor.detach().abs()
     return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+
+
+def alive_magnitudes(site: Site) -> Tensor:
+    """``magnitudes``, 0 where a mask in force has removed the weight."""
+    return magnitudes(site) if site.mask is None else magnitudes(site) * site.mask
+
+
+def lamp_scores(weight: Tensor) -> Tensor:
+    r"""LAMP scores :math:`w_u^2 / \sum_{|w_v| \ge |w_u|} w_v^2` of one layer, float64, of the weight's shape.
+
+    Equal magnitudes count in the order of the flat index, the earlier one as the smaller; zeros score 0.
+    """
+    ascending, order = _ascending(weight.detach().abs().flatten())
+    ascending = ascending.double()
+    squares = ascending.div_(ascending[-1].clamp_min(torch.finfo(torch.float64).tiny)).square_()
+    # float64: over millions of entries the scores of the smallest are far below float32's resolution of the sum
+    above = squares.flip(0).cumsum(0).flip(0).clamp_min_(torch.finfo(torch.float64).tiny)
+    return torch.empty_like(squares).scatter_(0, order, squares.div_(above)).view(weight.shape)
+
+
+def _ascending(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values >= 0 in order and their indices; equal ones in the order of the indices."""
+    if values.device.type != "cpu" or values.dtype != torch.float32 or len(values) >= 2**32:
+        return values.sort(stable=True)
+    # The bits of floats >= 0 sort as integers do: with the index below them one sort of integers, far faster, gives both.
+    keys = values.numpy().view(np.uint32).astype(np.uint64) << np.uint64(32)
+    keys |= np.arange(len(keys), dtype=np.uint64)
+    keys.sort()
+    order = torch.from_numpy((keys & np.uint64(2**32 - 1)).view(np.int64))
+    return torch.from_numpy((keys >> np.uint64(32)).astype(np.uint32).view(np.float32)), order
 
 
 def check_finite(what: str, values: Tensor) -> None:
@@ -221,7 +253,7 @@ class PlanPruner(ABC):
         Raises:
             ValueError: there is nothing to prune, more than ``sparsity`` is already pruned, or a weight is NaN or infinite.
         """
-        tensors = prunable(model, self.targets, self.ignore)
+        tensors = self._tensors(model)
         removed = self._count(tensors)
         for site in tensors:
             check_finite(repr(site.name), site.tensor.detach())
@@ -246,6 +278,10 @@ class PlanPruner(ABC):
     ) -> GradualPruning:
         """Returns the hook that prunes ``model`` by the schedule while it is trained; arguments as for ``fit``."""
         return GradualPruning(self, model, data=data, example_inputs=example_inputs, loss_fn=loss_fn)
+
+    def _tensors(self, model: nn.Module) -> list[Site]:
+        """What counts, in the model's order."""
+        return prunable(model, self.targets, self.ignore)
 
     @abstractmethod
     def _scores(
@@ -371,7 +407,7 @@ class GradualPruning:
         self.pruner, self.model, self.schedule = pruner, model, Schedule.of(pruner.schedule)
         self.plan: PruningPlan | None = None
         self._given: dict[str, Any] = {"data": data, "example_inputs": example_inputs, "loss_fn": loss_fn}
-        tensors = prunable(model, pruner.targets, pruner.ignore)
+        tensors = pruner._tensors(model)
         pruner._count(tensors)  # says now, not at t0, that the target is below what is already pruned
         total, gone = _sizes(tensors)
         self.start = gone / total

@@ -25,7 +25,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from weightroom.prune.base import PRUNABLE, PlanPruner, ScheduleSpec, apportion, check_finite, magnitudes, remove_smallest
+from weightroom.prune.base import (
+    PRUNABLE,
+    PlanPruner,
+    ScheduleSpec,
+    alive_magnitudes,
+    apportion,
+    check_finite,
+    lamp_scores,
+    magnitudes,
+    remove_smallest,
+)
 from weightroom.prune.plan import Site
 
 __all__ = [
@@ -145,7 +155,7 @@ class LAMPPruner(PlanPruner):
     def _scores(
         self, model: nn.Module, tensors: Sequence[Site], data: Iterable[Any] | None, loss_fn: Callable[..., Tensor] | None
     ) -> list[Tensor]:
-        return [lamp_scores(magnitudes(site) if site.mask is None else magnitudes(site) * site.mask) for site in tensors]
+        return [lamp_scores(alive_magnitudes(site)) for site in tensors]
 
 
 class RandomPruner(PlanPruner):
@@ -182,21 +192,6 @@ class RandomPruner(PlanPruner):
         return [
             torch.rand(site.tensor.shape, generator=generator, dtype=torch.float64).to(site.tensor.device) for site in tensors
         ]
-
-
-def lamp_scores(weight: Tensor) -> Tensor:
-    r"""LAMP scores :math:`w_u^2 / \sum_{|w_v| \ge |w_u|} w_v^2` of one layer, float64, of the weight's shape.
-
-    Equal magnitudes count in the order of the flat index, the earlier one as the smaller; zeros score 0.
-    """
-    flat = weight.detach().abs().flatten().double()
-    ascending, order = flat.sort(stable=True)
-    squares = (ascending / ascending[-1].clamp_min(torch.finfo(torch.float64).tiny)).square()
-    # float64: over millions of entries the scores of the smallest are far below float32's resolution of the sum
-    above = squares.flip(0).cumsum(0).flip(0)
-    scores = torch.empty_like(flat)
-    scores[order] = squares / above.clamp_min(torch.finfo(torch.float64).tiny)
-    return scores.view(weight.shape)
 
 
 @overload
