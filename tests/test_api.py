@@ -205,3 +205,11 @@ def test_adapters_take_arrays_and_say_when_there_is_nothing_to_adapt(tmp_path):
 def test_arguments_that_no_run_takes_are_named(tmp_path):
     with pytest.raises(UsageError, match="unknown argument 'worker': did you mean 'workers'"):
         wr.compare("optimizer", toy, worker=2, store=tmp_path)
+
+
+@pytest.mark.parametrize("name", api.FAMILIES)
+def test_a_comparison_is_named_after_its_family(name, tmp_path, monkeypatch):
+    named = []
+    monkeypatch.setattr(wr.Study, "run", lambda self, *_, **__: named.append(self.name) or wr.Results(self, [], {}))
+    wr.compare(name, "digits", store=tmp_path)
+    assert named == [f"compare {name}: digits"]

@@ -137,10 +137,10 @@ def study_of(
         raise unknown("metric", metric, directions)
     reasons = {name: method.unfit(loaded) for name, method in given.items() if method.unfit is not None}
     unfit = {name: reason for name, reason in reasons.items() if reason}
-    for name, reason in unfit.items():
-        if arms is not None and name in arms:
-            raise UsageError(f"arm {name!r} does not go with task {loaded.name!r}: {reason}")
-    given = {name: method for name, method in given.items() if name not in unfit}
+    for arm, reason in unfit.items():
+        if arms is not None and arm in arms:
+            raise UsageError(f"arm {arm!r} does not go with task {loaded.name!r}: {reason}")
+    given = {arm: method for arm, method in given.items() if arm not in unfit}
     runs, settings = kind.arms(loaded, given, Options(tuple(sparsity), tuple(eps), epochs, onnx, export))
     decides = metric or kind.metric or loaded.metric
     return Study(

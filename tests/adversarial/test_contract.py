@@ -286,3 +286,20 @@ def test_runs_on_the_gpu(make):
     assert all(p.grad is not None for p in model.parameters())
     with torch.autocast("cuda", dtype=torch.float16):
         assert objective(model, x, y).isfinite()
+
+
+@members
+@pytest.mark.parametrize(
+    ("y", "error", "message"),
+    [
+        (torch.full((8,), 5), ValueError, r"y must lie in \[0, 5\)"),
+        (torch.full((8,), -1), ValueError, r"y must lie in \[0, 5\)"),
+        (torch.zeros(7, dtype=torch.long), ValueError, r"y must have shape \(8,\)"),
+        (torch.zeros(8), TypeError, "y must hold classes"),
+    ],
+    ids=["too large", "negative", "too few", "floating"],
+)
+def test_labels_that_do_not_fit_are_named(make, y, error, message):
+    x, _ = batch()
+    with pytest.raises(error, match=message):
+        make(eps=EPS)(net(), x, y)

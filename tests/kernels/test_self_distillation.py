@@ -440,3 +440,11 @@ def test_steps_that_are_not_there():
 def test_shrinkage_refuses(args, match):
     with pytest.raises(ValueError, match=match):
         distillation_shrinkage(*args)
+
+
+def test_the_best_alpha_of_half_precision_predictions():
+    generator = torch.Generator().manual_seed(0)
+    p1, p0, y = (40 * torch.rand(300, 100, generator=generator) for _ in range(3))
+    half = optimal_alpha(p1.half(), p0.half(), y.half())
+    assert half.dtype == torch.float16
+    assert float(half) == pytest.approx(float(optimal_alpha(p1, p0, y)), abs=1e-2)

@@ -282,3 +282,26 @@ def test_wrong_arguments_of_the_guarantees_are_named():
     for wrong in (-0.1, torch.tensor([0.1, -0.1]), math.nan):
         with pytest.raises(ValueError, match="surrogate_excess must be >= 0"):
             h_consistency_bound(wrong, 1.0, 3)
+
+
+@pytest.mark.parametrize("tau", [1.99, 1.999, 1.9999, 2 - 1e-6, 2 - 1e-9])
+def test_the_bound_is_one_close_to_two(tau):
+    # p = (.9, .1) and logits that prefer the second class by a hair: the zero-one regret is .8.
+    p = torch.tensor([0.9, 0.1], dtype=torch.float64)
+    logits = torch.tensor([-1e-9, 1e-9], dtype=torch.float64)
+    losses = torch.stack([comp_sum_loss(logits[None], torch.tensor([k]), tau) for k in (0, 1)])
+    excess = (p * losses).sum() - best_conditional_risk(p, tau)
+    assert float(h_consistency_bound(excess, tau, 2)) == pytest.approx(0.8, abs=1e-3)
+
+
+@pytest.mark.parametrize("tau", [1.00001, 1.0001, 0.9999, 1.3])
+def test_the_best_risk_of_float32_probabilities_keeps_its_digits(tau):
+    p = torch.tensor([0.7, 0.2, 0.1])
+    single, double = best_conditional_risk(p, tau), best_conditional_risk(p.double(), tau)
+    assert single.dtype == torch.float32
+    assert float(single) == pytest.approx(float(double), abs=2e-6)
+
+
+def test_the_number_of_classes_is_an_integer():
+    with pytest.raises(ValueError, match="n_classes must be an integer, got 2.5"):
+        h_consistency_bound(0.1, 1.0, 2.5)

@@ -161,3 +161,15 @@ def test_what_is_wrong_is_named():
         with pytest.raises(RuntimeError, match="losses must be finite"):
             reduce(torch.tensor([1.0, bad]))
     assert torch.isnan(reduce.log_u)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_module_cast_to_half_precision_keeps_its_running_mean(dtype):
+    reduce = KLDROReduction(1e-3).to(dtype)
+    assert reduce.log_u.dtype == torch.float32
+    reduce(torch.tensor([100.0, 3.0], dtype=dtype))
+    for _ in range(3):
+        value = reduce(torch.tensor([100.0, 100.0], dtype=dtype))
+    assert torch.isfinite(reduce.log_u)
+    assert float(value) > 0
+    assert reduce.double().log_u.dtype == torch.float64

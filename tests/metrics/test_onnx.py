@@ -43,3 +43,4 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx, "onnx_outputs", lambda path, inputs: true(path, inputs) + 1e-2)
     with pytest.raises(onnx.OnnxMismatchError, match="differs from the model by"):
         onnx.to_onnx(nn.Linear(3, 2), torch.rand(4, 3), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())

@@ -154,3 +154,10 @@ def test_runs_on_the_gpu():
     there = robust_correct(model.cuda(), x.cuda(), y.cuda(), 0.05)
     assert there.device.type == "cuda"
     assert torch.equal(there.cpu()[sure], robust_correct(model.cpu(), x, y, 0.05)[sure])
+
+
+def test_a_network_that_says_nan_is_right_about_nothing():
+    model = nn.Linear(3, 2)
+    with torch.no_grad():
+        model.weight.fill_(float("nan"))
+    assert not robust_correct(model, torch.rand(6, 3), torch.zeros(6, dtype=torch.long), 0.1, steps=2).any()

@@ -56,3 +56,9 @@ def test_what_is_wrong_is_named():
             tail_robust_accuracy(torch.ones(2), y, fraction)
     with pytest.raises(ValueError, match="at least two samples"):
         tail_robust_accuracy(torch.ones(2), y, cross_fitted=True)
+
+
+def test_shares_are_rounded_up_but_not_for_the_last_bit():
+    y = torch.arange(100).repeat_interleave(2)
+    correct = (y >= 7).numpy()  # 0.07 * 100 is 7.000000000000001
+    assert tail_robust_accuracy(correct, y.numpy(), 0.07) == 0.0

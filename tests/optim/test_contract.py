@@ -54,6 +54,8 @@ CASES: dict[str, Case] = {
     "NormalizedLRGD unnormalised": Case({"lr": 0.3, "normalize": False}, "margins"),
     "NormalizedLRGD batch perceptron": Case({"lr": 0.3, "normalize": False, "limit": "batch"}, "margins"),
     "NormalizedLRGD perceptron": Case({"lr": 0.3, "limit": "online"}, "margins"),
+    "SAM": Case({"lr": 0.1, "momentum": 0.9}, "closure"),
+    "SAM adaptive around AdamW": Case({"base": torch.optim.AdamW, "lr": 1e-2, "rho": 0.5, "adaptive": True}, "closure"),
     "SSO": Case({"eta": 0.5}, "oracle", "eta", ONE_ETA),
     "SSO linesearch": Case({"eta": 0.5, "eta_rule": "linesearch"}, "oracle", "eta", ONE_ETA),
     "SSO by SGD": Case({"eta": 5.0, "inner": partial(torch.optim.SGD, lr=0.03)}, "oracle", "eta", ONE_ETA),

@@ -251,6 +251,26 @@ def test_without_constraint_it_is_the_moreau_envelope(seed, gamma):
     assert v.lam.shape == (0,)
 
 
+@pytest.mark.parametrize("n", [1, 2, 4, 30])
+def test_lower_levels_of_one_curvature_are_solved_exactly(n):
+    problem = BilevelProblem(lambda x, y: x.square().sum(), lambda x, y: (y - x).square().sum() / 2)
+    x, y = torch.full((n,), 1.5, dtype=F64), torch.zeros(n, dtype=F64)
+    v = value_function(problem, x, y)
+    torch.testing.assert_close(v.theta, torch.full((n,), 0.75, dtype=F64))
+    assert v.value == pytest.approx(n * 1.5**2 / 4)
+    torch.testing.assert_close(resolve_lower(problem, x, y), x)
+
+
+def test_nan_in_the_first_iteration_is_not_blamed_on_the_projection():
+    row = torch.ones(1, 4, dtype=F64) / 2
+    problem = BilevelProblem(
+        lambda x, y: (x * math.nan).sum(), lambda x, y: y.square().sum(), lambda x, y: (x.sum() + y.sum()).reshape(1) / 2,
+        project_joint=project_affine(row), equality=True,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="iteration"):
+        lv_hba(problem, torch.ones(2, dtype=F64), torch.ones(2, dtype=F64), steps=5)
+
+
 def test_without_constraint_the_solver_works_too():
     # y*(x) = x, so F = |x - 2|^2 / 2 + |y|^2 / 2 is least at x = 1
     problem = BilevelProblem(
@@ -258,7 +278,8 @@ def test_without_constraint_the_solver_works_too():
     )
     result = lv_hba(problem, torch.zeros(2, dtype=F64), torch.zeros(2, dtype=F64), steps=5000, trace=True)
     assert (result.x - 1).abs().max() < 0.02
-    assert 0 <= result.gap < 1e-3
+    assert result.gap == pytest.approx(0.25 * float((result.y - result.x).square().sum()), rel=1e-6)  # min over y: half of it
+    assert result.gap > 0
     assert result.lam.shape == result.z.shape == (0,)
 
 

@@ -27,7 +27,7 @@ def moves(optimizer: MFAC, p: nn.Parameter, gradients: Tensor) -> Tensor:
     steps = []
     for g in gradients:
         before = p.detach().clone()
-        p.grad = g.clone()
+        p.grad = g.reshape(p.shape).clone()
         optimizer.step()
         steps.append((before - p.detach()) / optimizer.param_groups[0]["lr"])
     return torch.stack(steps)
@@ -232,22 +232,22 @@ def test_an_optimizer_made_otherwise_grows_by_the_loaded_window():
 
 
 def test_zeros_stay_zero_in_sparse_mode_and_the_rest_is_stepped_as_if_alone():
-    start = torch.tensor([0.0, 1.0, 0.0, -2.0, 3.0], dtype=torch.float64)
+    start = torch.tensor([[0.0, 1.0, 0.0, -2.0, 3.0]], dtype=torch.float64)
     p, dense = nn.Parameter(start.clone()), nn.Parameter(start[start != 0].clone())
     G = rows(6, 5)
     sparse = MFAC([p], lr=1e-2, window=4, momentum=0.5, weight_decay=0.1, sparse=True)
     moves(sparse, p, G)
-    moves(MFAC([dense], lr=1e-2, window=4, momentum=0.5, weight_decay=0.1), dense, G[:, start != 0])
+    moves(MFAC([dense], lr=1e-2, window=4, momentum=0.5, weight_decay=0.1), dense, G[:, start[0] != 0])
     assert torch.equal(p[start == 0], torch.zeros(2, dtype=torch.float64))
     torch.testing.assert_close(p[start != 0], dense, rtol=1e-12, atol=0)
     assert sparse.state[p]["grads"].shape == (4, 3)
-    q = nn.Parameter(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    q = nn.Parameter(torch.tensor([[1.0, 0.0]], dtype=torch.float64))
     sparse.add_param_group({"params": [q]})
     p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
     sparse.step()
     assert sparse.state[p]["kept"].tolist() == [1, 3, 4, 5]
-    assert q[0] != 1
-    assert q[1] == 0
+    assert q[0, 0] != 1
+    assert q[0, 1] == 0
 
 
 def test_parameters_of_several_dtypes_share_one_window():
@@ -270,7 +270,7 @@ def test_float32_gradients_keep_a_gram_matrix_that_float32_would_lose(monkeypatc
         p = vector(300, torch.float32)
         optimizer = MFAC([p], lr=1e-9, window=4)
         for g in G:
-            p.grad = g.clone()
+            p.grad = g.reshape(p.shape).clone()
             optimizer.step()
         state = optimizer.state[p]
         order = [4, 5, 2, 3]
@@ -327,3 +327,31 @@ def test_a_momentum_that_a_scheduler_brings():
         scheduler.step()
     assert torch.isfinite(p).all()
     assert "momentum_buffer" in optimizer.state[p]
+
+
+def test_an_empty_first_group_is_taken_as_torch_takes_it():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = MFAC([{"params": []}, {"params": [p]}], damping=1e-2)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert (p < 1).all()
+    fresh = MFAC([{"params": []}, {"params": [p]}], damping=1e-2)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.state[p]["step"] == 1
+
+
+def test_sparse_keeps_biases_that_start_at_zero():
+    layer = nn.Linear(3, 2)
+    with torch.no_grad():
+        layer.bias.zero_()
+        layer.weight[0, 0] = 0.0
+    optimizer = MFAC(layer.parameters(), sparse=True, damping=1e-2)
+    layer(torch.ones(4, 3)).square().sum().backward()
+    optimizer.step()
+    assert layer.weight[0, 0] == 0
+    assert (layer.bias != 0).all()
+
+
+def test_arguments_that_are_no_numbers_are_named():
+    with pytest.raises(ValueError, match="damping must be"):
+        MFAC([nn.Parameter(torch.ones(1))], damping=float("nan"))

@@ -228,7 +228,7 @@ def test_shrink_skips_what_the_parabola_rules_out():
 def test_a_search_that_finds_nothing_leaves_the_parameters():
     w = nn.Parameter(torch.tensor([[1.0]]))
     optimizer = SSO([w], eta=1.0, inner_steps=5)
-    optimizer.step(lambda: (w - 1.0).abs() + 1e6 * (w - 1.0).abs().sqrt(), lambda z: z.sum())  # a kink: any move raises q
+    optimizer.step(lambda: (w - 1.0) + 1e12 * (w - 1.0).detach().abs(), lambda z: z.sum())  # any move raises q
     assert w.item() == 1.0
     assert optimizer.counters["inner_steps"] == 0
     assert 1 <= optimizer.counters["backtracks"] <= 100
@@ -614,3 +614,28 @@ def test_positional_arguments_are_as_documented():
     )
     assert (optimizer.expand, optimizer.init_step, optimizer.grad_tol, optimizer.total_steps) == (1.5, 5.0, 1e-5, 9)
     assert SSO.needs_oracle
+
+
+def test_a_closure_by_name_is_refused_with_the_reason():
+    with pytest.raises(TypeError, match=r"SSO\.step needs two functions"):
+        SSO([nn.Parameter(torch.zeros(1))], eta=1.0).step(closure=lambda: None)
+
+
+def test_a_failing_forward_leaves_the_parameters_where_they_were():
+    theta, calls = nn.Parameter(torch.zeros(2, dtype=torch.float64)), []
+
+    def forward():
+        calls.append(0)
+        if len(calls) == 3:
+            raise OSError("the simulator is gone")
+        return theta[:, None] * 1.0
+
+    with pytest.raises(OSError, match="simulator"):
+        SSO([theta], eta=1.0).step(forward, lambda z: ((z - 1) ** 2).sum())
+    assert torch.equal(theta, torch.zeros(2, dtype=torch.float64))
+
+
+def test_gradients_of_the_model_that_are_not_finite_are_said():
+    theta = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="not finite"):
+        SSO([theta], eta=1.0).step(lambda: theta.abs().sqrt()[:, None], lambda z: 0.5 * ((z - 1) ** 2).sum())

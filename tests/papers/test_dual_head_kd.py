@@ -112,3 +112,14 @@ def test_card():
         f"weightroom.distill.{name}" for name in ("DHKDObjective", "DualHead", "BinaryKLLoss", "BinaryKLNormLoss")
     ]
     assert "2411.08937" in dual_head_kd.PAPER.bibtex
+
+
+def test_a_trial_is_the_same_with_and_without_the_measuring(monkeypatch):
+    run = STUDY.arms["dual head, nonlinear"].run
+    trial = lambda: Trial(3, Scale.SMOKE, params=STUDY.arms["dual head, nonlinear"].defaults)  # noqa: E731
+    with_it = run(trial())
+    nothing = {"cosine_head": 0.0, "cosine_backbone": 0.0}
+    monkeypatch.setattr(dual_head_kd, "_cosines", lambda *_: nothing)
+    assert run(trial())["accuracy"] == with_it["accuracy"]
+    monkeypatch.setattr(dual_head_kd, "_cosines", lambda *_: nothing | {"cosine_head": float(torch.rand(()))})
+    assert run(trial())["accuracy"] == with_it["accuracy"]

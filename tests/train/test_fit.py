@@ -119,8 +119,49 @@ def test_an_optimizer_that_asks_for_outputs_and_an_oracle():
     done = fit(m, data(), loss=nn.MSELoss(), optimizer=lambda p: Oracle(p, lr=0.05 / n), steps=5, batch_size=n)
     assert done.losses[-1] < float(before) / 2
     assert (done.steps, done.forwards, done.backwards) == (5, 15, 10)
-    with pytest.raises(UsageError, match="Oracle needs a loss, without step or clip_norm"):
+    with pytest.raises(UsageError, match="Oracle needs a loss, without step, clip_norm or mixed"):
         fit(model(), data(), loss=nn.MSELoss(), optimizer=lambda p: Oracle(p, lr=0.1), steps=1, clip_norm=1.0)
+
+
+def test_an_oracle_leaves_the_mode_and_a_summed_loss_alone():
+    m = model().eval()
+    fit(m, data(), loss=nn.MSELoss(), optimizer=lambda p: Oracle(p, lr=1e-3), steps=2)
+    assert not m.training
+    seen = []
+
+    class Sum(Oracle):
+        def step(self, forward, oracle):
+            z = forward()
+            seen.append((oracle(z), z))
+            return super().step(forward, oracle)
+
+    for reduction in ("sum", "mean"):
+        loss = nn.L1Loss(reduction=reduction)
+        fit(
+            model().eval(),
+            TensorDataset(data().tensors[0], data().tensors[1]),
+            loss=loss,
+            optimizer=lambda p: Sum(p, lr=0.0),
+            steps=1,
+        )
+    (summed, _), (mean, _) = seen
+    torch.testing.assert_close(summed, mean)
+
+
+def test_every_pass_of_a_custom_step_is_counted():
+    def attacked(m, batch):
+        x = batch[0].clone().requires_grad_()
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(m(x).sum(), x)
+            x = (x + 0.1 * gradient.sign()).detach().requires_grad_()
+        with torch.no_grad():
+            m(x)
+        return nn.functional.mse_loss(m(x.detach()), batch[1])
+
+    m = model()
+    done = fit(m, data(), step=attacked, optimizer=sgd, steps=4)
+    assert (done.steps, done.forwards, done.backwards) == (4, 20, 16)
+    assert not m._forward_hooks
 
 
 def test_schedules():

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from weightroom.errors import UsageError, check_range, unknown
+from weightroom.losses.base import check_index
 
-__all__ = ["AdversarialObjective", "AttackMode", "Bounds", "Keep", "Norm", "Start", "attacking", "pgd"]
+__all__ = ["AdversarialObjective", "AttackMode", "Bounds", "Keep", "Norm", "Start", "attacking", "classify", "pgd"]
 
 Norm = Literal["linf", "l2"]
 AttackMode = Literal["eval", "train"]
@@ -56,7 +57,8 @@ class AdversarialObjective(nn.Module):
 
     Raises:
         TypeError: ``x`` is not a floating tensor, or a hyper-parameter is no number.
-        ValueError: a hyper-parameter is out of range, ``bounds`` are reversed, or (seen on the CPU) ``x`` lies outside them.
+        ValueError: a hyper-parameter is out of range, ``bounds`` are reversed, ``y`` has another shape, or (seen on the CPU) ``x``
+            lies outside ``bounds`` or ``y`` outside the classes.
     """
 
     #: Hyper-parameters that ``repr`` shows.
@@ -91,6 +93,7 @@ class AdversarialObjective(nn.Module):
 
     def attack(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Returns perturbed inputs, within ``eps`` of ``x`` and within ``bounds``, without a gradient."""
+        _check_labels(x, y)
         with attacking(model, self.attack_mode), torch.enable_grad():
             return pgd(
                 self.target(model, x, y), x, eps=self.eps, norm=self.norm, steps=self.steps, step_size=self.step_size,
@@ -101,6 +104,26 @@ class AdversarialObjective(nn.Module):
         """The hyper-parameters."""
         names = (*self.shown, "eps", "norm", "steps", "step_size", "bounds", "attack_mode")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def _check_labels(x: Tensor, y: Tensor) -> None:
+    if y.is_floating_point() or y.dtype == torch.bool:
+        raise TypeError(f"y must hold classes, int64, got {y.dtype}")
+    if y.shape != x.shape[:1]:
+        raise UsageError(f"y must have shape ({len(x)},), a class for each input, got {tuple(y.shape)}")
+
+
+def classify(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Returns the logits (N, K) after a look at whether ``y`` holds classes of theirs (on the CPU alone).
+
+    Raises:
+        ValueError: a class is not in 0 .. K - 1, or the outputs are no logits.
+    """
+    logits = model(x)
+    if logits.ndim != 2:
+        raise UsageError(f"the model must give logits (N, K), got {tuple(logits.shape)}")
+    check_index("y", y, logits.shape[1])
+    return logits
 
 
 @contextmanager
@@ -149,7 +172,7 @@ def pgd(
             each input, at the price of one more evaluation.
 
     Returns:
-        Perturbed inputs like ``x``, without a gradient. With ``eps`` = 0 that is ``x``.
+        Perturbed inputs like ``x``, without a gradient; in half precision they may leave the ball by a rounding. With ``eps`` = 0 that is ``x``.
 
     Raises:
         TypeError: ``x`` is not a floating tensor, or an argument is no number.

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weightroom.adversarial.base import AdversarialObjective, AttackMode, Bounds, Norm, Start
+from weightroom.adversarial.base import AdversarialObjective, AttackMode, Bounds, Norm, Start, classify
 from weightroom.errors import UsageError, check_range, unknown
 from weightroom.losses import KLDROReduction
 
@@ -124,6 +124,8 @@ class DONE(AdversarialObjective):
 
     def target(self, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         """Returns the regularised loss of each perturbed input."""
+        if not self.lam and not self.barrier:
+            return lambda moved: F.cross_entropy(classify(model, moved, y), y, reduction="none")
         low, high = self._faces(x)
 
         def value(moved: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ class DONE(AdversarialObjective):
             each = -self.lam / 2 * delta.square()
             if self.barrier and self.eps:
                 each = each + self.barrier * ((high - delta).log() + (delta - low).log())
-            return F.cross_entropy(model(x + delta), y, reduction="none") + each.flatten(1).sum(1)
+            return F.cross_entropy(classify(model, x + delta, y), y, reduction="none") + each.flatten(1).sum(1)
 
         return value
 

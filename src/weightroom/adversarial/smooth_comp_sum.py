@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from weightroom.adversarial.base import AdversarialObjective, AttackMode, Bounds, Norm
+from weightroom.adversarial.base import AdversarialObjective, AttackMode, Bounds, Norm, classify
 from weightroom.errors import check_range
 from weightroom.losses.comp_sum import comp_sum_loss
 
@@ -54,6 +54,8 @@ class SmoothAdversarialCompSum(AdversarialObjective):
         steps: of the attack, >= 1.
         step_size: of the attack, > 0; ``eps / 4`` when None.
         bounds: least and greatest value of an input; None for no bounds.
+        clip: of the comp-sum loss for ``tau`` < 1: log p_y counts as this if it is less, p being the softmax of the logits
+            divided by ``rho``, so that a small ``rho`` reaches it early; such a sample has no gradient of the first term.
         attack_mode: mode of the model during the attack, "eval" or "train".
 
     See :class:`AdversarialObjective` for the calling convention and the errors.
@@ -63,17 +65,19 @@ class SmoothAdversarialCompSum(AdversarialObjective):
 
     def __init__(
         self, tau: float = 1.0, rho: float = 0.25, nu: float = 1.0, eps: float = 8 / 255, norm: Norm = "linf", steps: int = 10,
-        step_size: float | None = None, bounds: Bounds = (0.0, 1.0), attack_mode: AttackMode = "eval",
+        step_size: float | None = None, bounds: Bounds = (0.0, 1.0), attack_mode: AttackMode = "eval", *, clip: float | None = -60.0,
     ) -> None:  # fmt: skip
         super().__init__(eps=eps, norm=norm, steps=steps, step_size=step_size, bounds=bounds, attack_mode=attack_mode)
         check_range("tau", tau, low=0.0, high=math.inf, open_high=True)
         check_range("rho", rho, low=0.0, high=math.inf, open_low=True, open_high=True)
         check_range("nu", nu, low=0.0, high=math.inf, open_high=True)
-        self.tau, self.rho, self.nu = float(tau), float(rho), float(nu)
+        if clip is not None:
+            check_range("clip", clip, high=0.0, open_high=True)
+        self.tau, self.rho, self.nu, self.clip = float(tau), float(rho), float(nu), clip
 
     def target(self, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         """Returns the squared length of the change of differences at each perturbed input: its steps are those of the length."""
-        clean = model(x).detach()
+        clean = classify(model, x, y).detach()
         return lambda moved: _squared_change(clean, model(moved), y)
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -81,7 +85,7 @@ class SmoothAdversarialCompSum(AdversarialObjective):
         moved = self.attack(model, x, y)
         clean, attacked = model(x), model(moved)
         change = (_squared_change(clean, attacked, y) + _SMOOTH).sqrt()
-        return comp_sum_loss(clean, y, self.tau, self.rho) + self.nu * change.mean()
+        return comp_sum_loss(clean, y, self.tau, self.rho, clip=self.clip) + self.nu * change.mean()
 
 
 def _squared_change(clean: Tensor, attacked: Tensor, y: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weightroom.adversarial.base import AdversarialObjective, AttackMode, Bounds, Norm, Start
+from weightroom.adversarial.base import AdversarialObjective, AttackMode, Bounds, Norm, Start, classify
 from weightroom.errors import check_range
 
 __all__ = ["PGDAT", "TRADES"]
@@ -58,7 +58,7 @@ class PGDAT(AdversarialObjective):
 
     def target(self, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         """Returns the cross entropy of each perturbed input."""
-        return lambda moved: F.cross_entropy(model(moved), y, reduction="none")
+        return lambda moved: F.cross_entropy(classify(model, moved, y), y, reduction="none")
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Returns the mean cross entropy at the attacked inputs."""
@@ -96,7 +96,7 @@ class TRADES(AdversarialObjective):
 
     def target(self, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         """Returns the divergence of each perturbed output from the clean one."""
-        clean = model(x).detach().log_softmax(1)
+        clean = classify(model, x, y).detach().log_softmax(1)
         return lambda moved: _kl(clean, model(moved).log_softmax(1))
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

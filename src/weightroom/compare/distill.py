@@ -99,7 +99,9 @@ def _arm(task: Task, method: Method, epochs: int | None) -> Arm:
             with torch.random.fork_rng():
                 torch.manual_seed(trial.seed)
                 student = getattr(objective, "prepare", _same)(task.model(seed=trial.seed).to(trial.device))
+            asked = teacher.register_forward_hook(lambda *_: trial.spend(forwards=1.0))
             train(student, step=lambda model, batch: objective(model, *batch[:2]))
+            asked.remove()
             student = getattr(objective, "finish", _same)(student)
         return {**measure(task, trial, student), **_beside(teacher, student, task, trial)}
 

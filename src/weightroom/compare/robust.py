@@ -130,6 +130,8 @@ def _arm(task: Task, method: Method, epochs: int | None, bounds: tuple[float, fl
         hyper = dict(trial.params)
         lr = hyper.pop("lr", None)
         objective = method.make(eps, bounds, **hyper)
+        if isinstance(objective, nn.Module):
+            objective.to(trial.device)
         train_by_recipe(task, trial, model, step=lambda model, batch: objective(model, *batch[:2]), lr=lr, epochs=epochs)
         return {**measure(task, trial, model), **attacked(model, getattr(task, trial.split), eps, bounds, seed=trial.seed)}
 

@@ -88,7 +88,8 @@ def optimal_alpha(p_label: Any, p_distill: Any, y_val: Any, clip: bool = True) -
     tensors = sum(isinstance(x, Tensor) for x in given)
     if tensors not in (0, 3):
         raise TypeError("p_label, p_distill and y_val must be three tensors or three arrays, got a mixture")
-    p1, p0, y = given if tensors else (np.asarray(x, dtype=np.float64) for x in given)
+    half = tensors and p_label.dtype in (torch.float16, torch.bfloat16)
+    p1, p0, y = (x.float() for x in given) if half else given if tensors else (np.asarray(x, dtype=np.float64) for x in given)
     if not tuple(p1.shape) == tuple(p0.shape) == tuple(y.shape):
         shapes = tuple(p1.shape), tuple(p0.shape), tuple(y.shape)
         raise UsageError("p_label, p_distill and y_val must have the same shape, got {}, {} and {}".format(*shapes))
@@ -98,10 +99,10 @@ def optimal_alpha(p_label: Any, p_distill: Any, y_val: Any, clip: bool = True) -
     square = (d * d).sum()
     if square == 0:
         warnings.warn("p_label equals p_distill: every alpha gives the same predictions, 1 is returned", stacklevel=2)
-        return torch.ones_like(square) if tensors else 1.0
+        return torch.ones_like(square).to(p_label.dtype) if tensors else 1.0
     alpha = (d * (y - p0)).sum() / square
     alpha = alpha.clip(0, 1) if clip else alpha
-    return alpha if tensors else float(alpha)
+    return alpha.to(p_label.dtype) if tensors else float(alpha)
 
 
 def distillation_shrinkage(

@@ -56,10 +56,10 @@ def comp_sum_loss(
     if isinstance(target, Tensor) and target.is_floating_point():
         return _expected(input, target, tau, rho, clip, weight, reduction, label_smoothing)
     logits, labels, valid = prepare(input, target, weight, ignore_index)
-    loss = _at_label(logits, labels, tau, rho, clip)
     if not label_smoothing:
-        return reduce(loss, labels, valid, weight, reduction)
-    every = _every(logits, weight, tau, rho, clip).mean(1)
+        return reduce(_at_label(logits, labels, tau, rho, clip), labels, valid, weight, reduction)
+    losses = _every(logits, None, tau, rho, clip)
+    loss, every = losses.gather(1, labels).squeeze(1), _weighted(losses, weight).mean(1)
     given, uniform = reduce(loss, labels, valid, weight, "none"), reduce(every, labels, valid, None, "none")
     smooth = torch.lerp(given, uniform, label_smoothing)
     if reduction == "mean":
@@ -128,7 +128,8 @@ def best_conditional_risk(p: Tensor, tau: float) -> Tensor:
         ValueError: ``tau`` is out of range, or ``p`` has negative entries or sums that are not 1.
     """
     check_range("tau", tau, low=0.0, high=math.inf, open_high=True)
-    p = torch.as_tensor(p)
+    given = torch.as_tensor(p)
+    p = given.double() if given.is_floating_point() and given.device.type != "mps" else given  # digits cancel near tau = 1
     if (
         not p.is_floating_point()
         or p.ndim == 0
@@ -137,10 +138,12 @@ def best_conditional_risk(p: Tensor, tau: float) -> Tensor:
     ):
         raise UsageError("p must hold probabilities, >= 0 with sum 1 over the last dimension")
     if abs(tau - 1) < _NEAR_ONE:
-        return torch.special.entr(p).sum(-1)
-    if tau >= 2:
-        return (1 - p.amax(-1)) / (tau - 1)
-    return -torch.expm1((2 - tau) * torch.logsumexp(p.log() / (2 - tau), -1)) / (tau - 1)
+        risk = torch.special.entr(p).sum(-1)
+    elif tau >= 2:
+        risk = (1 - p.amax(-1)) / (tau - 1)
+    else:
+        risk = -torch.expm1((2 - tau) * torch.logsumexp(p.log() / (2 - tau), -1)) / (tau - 1)
+    return risk.to(given.dtype)
 
 
 def h_consistency_bound(surrogate_excess: float | Tensor, tau: float, n_classes: int) -> Tensor:
@@ -171,6 +174,8 @@ def h_consistency_bound(surrogate_excess: float | Tensor, tau: float, n_classes:
     """
     check_range("tau", tau, low=0.0, high=math.inf, open_high=True)
     check_range("n_classes", n_classes, low=2)
+    if n_classes != int(n_classes):
+        raise UsageError(f"n_classes must be an integer, got {n_classes}")
     s = torch.as_tensor(surrogate_excess, dtype=torch.float64)
     if not bool((s >= 0).all()):
         raise UsageError(
@@ -192,10 +197,9 @@ def _transform(b: Tensor, tau: float, n: int) -> Tensor:
     if abs(tau - 1) < _NEAR_ONE:
         return -(torch.special.entr(1 + b) + torch.special.entr(1 - b)) / 2
     a = 1 / (2 - tau)
-    M = ((1 + b) ** a + (1 - b) ** a) / 2
-    if tau < 1:
-        return 2 ** (1 - tau) / (1 - tau) * (1 - M ** (2 - tau))
-    return (M ** (2 - tau) - 1) / ((tau - 1) * n ** (tau - 1))
+    log_M = torch.logaddexp(a * torch.log1p(b), a * torch.log1p(-b)) - math.log(2)  # powers of 1 + b overflow near tau = 2
+    rise = torch.expm1((2 - tau) * log_M)  # M^(2 - tau) - 1
+    return -(2 ** (1 - tau)) / (1 - tau) * rise if tau < 1 else rise / ((tau - 1) * n ** (tau - 1))
 
 
 def _phi(log_p: Tensor, tau: float, clip: float | None) -> Tensor:
@@ -251,7 +255,10 @@ def _scaled(logits: Tensor, rho: float) -> Tensor:
 
 def _every(logits: Tensor, weight: Tensor | None, tau: float, rho: float, clip: float | None) -> Tensor:
     """w_k l_tau(h, k) for every class k."""
-    losses = _phi(_scaled(logits, rho).log_softmax(1), tau, clip)
+    return _weighted(_phi(_scaled(logits, rho).log_softmax(1), tau, clip), weight)
+
+
+def _weighted(losses: Tensor, weight: Tensor | None) -> Tensor:
     return losses if weight is None else losses * weight.to(losses.dtype).reshape(-1, *[1] * (losses.ndim - 2))
 
 

@@ -24,7 +24,7 @@ nothing for some 1 / ema batches and more. Training can break so for good: see `
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,8 @@ class KLDROReduction(nn.Module):
         if self.mode == "none":
             self._weights = torch.full_like(losses, 1 / len(losses)).detach()
             return losses.mean()
+        if self.log_u.device != losses.device:
+            self.log_u = self.log_u.to(losses.device)
         peak = losses.detach().amax()
         relative = (losses - peak) / self.r
         log_m = torch.log1p(torch.expm1(relative).mean())  # m = mean_B exp(l_i / r), all relative to the largest
@@ -91,6 +93,14 @@ class KLDROReduction(nn.Module):
             return peak + self.r * log_m
         self._weights = self._weigh(relative.detach(), log_m.detach(), peak / self.r)
         return (self._weights * losses).sum()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> KLDROReduction:
+        """Keeps ``log_u`` in float32 or wider when the module is cast to half precision."""
+        log_u = self.log_u
+        super()._apply(fn, recurse)
+        if self.log_u.dtype in (torch.float16, torch.bfloat16):
+            self.log_u = log_u.to(self.log_u.device)
+        return self
 
     def weights(self) -> Tensor:
         """Returns the weights w (N,) of the last batch in training mode; they sum to one in modes "batch" and "none".

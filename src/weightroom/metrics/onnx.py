@@ -32,7 +32,7 @@ def to_onnx(model: nn.Module, example_inputs: Tensor, path: str | Path, *, toler
     Args:
         model: maps a tensor to a tensor; left as it is.
         example_inputs: a batch (N, ...).
-        path: the file to write.
+        path: the file to write; nothing is left there when the check fails.
         tolerance: the most that an output may differ, relative to the largest output.
 
     Returns:
@@ -57,6 +57,7 @@ def to_onnx(model: nn.Module, example_inputs: Tensor, path: str | Path, *, toler
     found = onnx_outputs(path, inputs)
     worst, scale = float((found - expected).abs().max()), float(expected.abs().max())
     if not worst <= tolerance * max(scale, 1e-12):
+        Path(path).unlink()
         raise OnnxMismatchError(f"{path} differs from the model by {worst:.3g}, at outputs of up to {scale:.3g}")
     return Path(path)
 

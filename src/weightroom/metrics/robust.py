@@ -153,14 +153,18 @@ def _climb(
             moved = moved.detach().requires_grad_()
             logits = model(moved)
             (gradient,) = torch.autograd.grad(objective(logits, y).sum(), moved)
-        right &= logits.detach().argmax(1) == y
+        right &= _says(logits.detach(), y)
         moved = ball.project(moved.detach() + step * ball.direction(gradient))
     return right & _right(model, moved, y)
 
 
 def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(x).argmax(1) == y
+        return _says(model(x), y)
+
+
+def _says(logits: Tensor, y: Tensor) -> Tensor:
+    return (logits.argmax(1) == y) & logits.isfinite().all(1)  # the argmax of NaN is class 0
 
 
 def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -196,13 +200,14 @@ def tail_robust_accuracy(
 
     Sow et al., "Doubly Robust Instance-Reweighted Adversarial Training", ICLR 2024: RA-Tail-30. The halves are not theirs.
     """
+    correct, y = torch.as_tensor(correct), torch.as_tensor(y)
     if correct.ndim != 1 or correct.shape != y.shape or not len(y):
         raise UsageError(f"correct and y must both have shape (N,), N >= 1, got {tuple(correct.shape)} and {tuple(y.shape)}")
     check_range("fraction", fraction, low=0.0, high=1.0, open_low=True)
     correct, y = correct.detach().double().cpu(), y.detach().cpu()
     if not cross_fitted:
         accuracy = _per_class(correct, y)
-        return float(accuracy.sort().values[: math.ceil(fraction * len(accuracy))].mean())
+        return float(accuracy.sort().values[: _share(fraction, len(accuracy))].mean())
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     order = order[y[order].argsort(stable=True)]
     classes, counts = y.unique(return_counts=True)
@@ -212,8 +217,12 @@ def tail_robust_accuracy(
         raise UsageError("cross_fitted needs a class with at least two samples")
     halves = [order[(rank % 2 == side) & torch.isin(y[order], enough)] for side in (0, 1)]
     first, second = (_per_class(correct[i], y[i]) for i in halves)
-    worst = math.ceil(fraction * len(enough))
+    worst = _share(fraction, len(enough))
     return float(torch.stack([b[a.argsort(stable=True)[:worst]].mean() for a, b in ((first, second), (second, first))]).mean())
+
+
+def _share(fraction: float, n: int) -> int:
+    return math.ceil(fraction * n - 1e-9)  # 0.07 * 100 is a little more than 7
 
 
 def _per_class(correct: Tensor, y: Tensor) -> Tensor:

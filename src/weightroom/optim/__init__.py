@@ -5,10 +5,12 @@ from weightroom.optim.lv_hba import BilevelProblem, LVHBAResult, ValueFunction, 
 from weightroom.optim.mfac import MFAC
 from weightroom.optim.normalized_lrgd import NormalizedLRGD
 from weightroom.optim.projections import project_affine, project_box, project_halfspaces, project_none, svm_margin_projection
+from weightroom.optim.sam import SAM
 from weightroom.optim.sso import SSO
 
 __all__ = [
     "MFAC",
+    "SAM",
     "SSO",
     "BilevelProblem",
     "LVHBAResult",

@@ -285,10 +285,10 @@ def lv_hba(
         x, y, z = second(x, y, theta, lam, z, one / c_k)
         x, y = q.P_C(x, y)
 
+        if k == 0 or (k + 1) % CHECK_EVERY == 0 or k + 1 == steps:
+            _check_finite(k, x, y, lam)
         if k == 0:
             _check_feasible(q, x, y, "after the first iteration")
-        if (k + 1) % CHECK_EVERY == 0 or k + 1 == steps:
-            _check_finite(k, x, y, lam)
         stop = callback is not None and callback(k + 1, state()) is True
         if stop or (k + 1) % record_every == 0 or k + 1 == steps:
             _record(history, k + 1, q, x, y, theta, lam, z, gamma1, gamma2)
@@ -419,7 +419,9 @@ def _newton(phi: Callable[[Tensor], Tensor], theta: Tensor, tol: float) -> Tenso
         g = gradient.detach()
         if not math.isfinite(now := value.item()):
             raise RuntimeError(f"the lower level is {now} where v(x, y, z) is computed")
-        if float(g.abs().max()) <= tol:
+        if not math.isfinite(left := float(g.abs().max())):
+            raise RuntimeError(f"the gradient of the lower level is {left} where v(x, y, z) is computed")
+        if left <= tol:
             break
         step = _conjugate_gradients(lambda v: torch.autograd.grad(gradient, th, v, retain_graph=True)[0], g)  # noqa: B023
         slope, t = float(g @ step), 1.0
@@ -438,8 +440,8 @@ def _conjugate_gradients(matvec: Callable[[Tensor], Tensor], b: Tensor) -> Tenso
     x, r = torch.zeros_like(b), b
     d, rr = r, r @ r
     stop = rr * torch.minimum(rr, rr.new_tensor(1e-4)).clamp_min(1e-16)
-    for i in range(4 * len(b)):
-        if i % 10 == 0 and rr <= stop:
+    for _ in range(4 * len(b)):
+        if rr <= stop:
             break
         h = matvec(d)
         step = rr / (d @ h)

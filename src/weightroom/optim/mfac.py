@@ -65,7 +65,8 @@ class MFAC(Optimizer):
         weight_decay: :math:`\omega` >= 0, added to the gradient, so that the Fisher matrix sees it too.
         window: m >= 1, gradients kept; memory is m times that of the weights.
         damping: :math:`\lambda` > 0.
-        sparse: leave weights that are exactly 0 at construction out of everything; they stay 0.
+        sparse: leave weights that are exactly 0 at construction out of everything; they stay 0. Parameters of one dimension
+            (biases, norms), which often start at 0, are all kept.
 
     A parameter without a gradient counts as one whose gradient is zero, without decay; like any other it moves with what the
     window still holds of it, unless it is frozen (``requires_grad`` False). A step without any gradient does nothing. The state of a
@@ -103,19 +104,22 @@ class MFAC(Optimizer):
         """Adds a group of parameters, whose past gradients count as zeros."""
         if isinstance(param_group, dict):
             shared = self.param_groups[0] if self.param_groups else self.defaults
+            _check({**self.defaults, **param_group})
             for name in SHARED:
                 if param_group.setdefault(name, shared[name]) != shared[name]:
                     raise UsageError(f"{name} must be the same in all groups: got {param_group[name]!r} beside {shared[name]!r}")
-            _check({**self.defaults, **param_group})
         before = sum(p.numel() for p in self._params())
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if any(p.is_complex() for p in group["params"]):
             self.param_groups.pop()
             raise UsageError("MFAC does not support complex parameters: give their real and imaginary parts")
+        if not group["params"]:
+            return
         state, more = self._state(), sum(p.numel() for p in group["params"])
         if group["sparse"]:
-            new = torch.cat([(p != 0).reshape(-1).to(self._device) for p in group["params"]]).nonzero().flatten() + before
+            live = [(p != 0) if p.ndim > 1 else torch.ones_like(p, dtype=torch.bool) for p in group["params"]]
+            new = torch.cat([mask.reshape(-1).to(self._device) for mask in live]).nonzero().flatten() + before
             state["kept"] = torch.cat([state["kept"], new]) if "kept" in state else new
             more = len(new)
         if "grads" in state:
@@ -126,7 +130,8 @@ class MFAC(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of any torch optimizer, except that the state keeps its own dtypes."""
         super().load_state_dict(state_dict)
-        saved = state_dict["state"].get(state_dict["param_groups"][0]["params"][0], {})
+        first = next(index for group in state_dict["param_groups"] for index in group["params"])
+        saved = state_dict["state"].get(first, {})
         for name, value in saved.items():
             self._state()[name] = value.to(self._device, copy=True) if isinstance(value, Tensor) else value
 
@@ -224,11 +229,11 @@ class MFAC(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _state(self) -> dict[str, Any]:
-        return self.state[self.param_groups[0]["params"][0]]
+        return self.state[self._params()[0]]
 
     @property
     def _device(self) -> torch.device:
-        return self.param_groups[0]["params"][0].device
+        return self._params()[0].device
 
 
 def _products(G: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

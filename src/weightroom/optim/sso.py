@@ -191,7 +191,9 @@ class SSO(Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in (*own, "counters", "_rule")}}
 
     @torch.no_grad()
-    def step(self, forward: Forward | None = None, oracle: Oracle | None = None) -> Tensor | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, forward: Forward | None = None, oracle: Oracle | None = None, *, closure: object = None
+    ) -> Tensor | None:
         """Asks the oracle once and takes ``inner_steps`` steps on the surrogate.
 
         Args:
@@ -211,7 +213,7 @@ class SSO(Optimizer):
             RuntimeError: two evaluations of ``forward`` differ (dropout?), G is not finite (also a ``ValueError``), or a gradient
                 is sparse.
         """
-        if forward is None or oracle is None:
+        if forward is None or oracle is None or closure is not None:
             raise TypeError(
                 "SSO.step needs two functions, step(forward, oracle): forward() returns the model's outputs z, oracle(z) their loss, "
                 "summed over the samples (or a pair of loss and gradient). One closure would have to ask the oracle anew for each "
@@ -308,22 +310,29 @@ class SSO(Optimizer):
         self, q: _Surrogate, params: list[Tensor], grads: list[Tensor], value: float, a: float
     ) -> tuple[float, float] | None:
         """Moves to the first trial that lowers q enough and returns its value and step; None, back at the start, if none does."""
-        start = torch._foreach_add(params, 0)
+        start, ended = torch._foreach_add(params, 0), False
         norms = torch._foreach_norm([g.to(_wide(g)) for g in grads])
         squared = torch.stack([norm.to(q.G) for norm in norms]).square().sum()
-        for _ in range(TRIALS):
-            torch._foreach_add_(params, grads, alpha=-a)
-            after, g2 = torch.stack([q.move(), squared]).tolist()
-            done = g2 <= self.grad_tol**2
-            if after <= value - self.c * a * g2 and not done:  # q(theta - a grad) <= q(theta) - c a |grad|^2
-                return after, a
-            torch._foreach_copy_(params, start)
-            if done:
-                break
-            self.counters["backtracks"] += 1
-            a *= _shrink(after - value, a * g2, self.c, self.backtrack)
-            if a < LEAST_STEP:
-                break
+        try:
+            for _ in range(TRIALS):
+                torch._foreach_add_(params, grads, alpha=-a)
+                after, g2 = torch.stack([q.move(), squared]).tolist()
+                if not math.isfinite(g2):
+                    raise RuntimeError("the gradient of SSO's surrogate is not finite: look at the model at these parameters")
+                done = g2 <= self.grad_tol**2
+                ended = after <= value - self.c * a * g2 and not done  # q(theta - a grad) <= q(theta) - c a |grad|^2
+                if ended:
+                    return after, a
+                torch._foreach_copy_(params, start)
+                if done:
+                    break
+                self.counters["backtracks"] += 1
+                a *= _shrink(after - value, a * g2, self.c, self.backtrack)
+                if a < LEAST_STEP:
+                    break
+        finally:
+            if not ended:
+                torch._foreach_copy_(params, start)
         return None
 
     def _made(self, q: _Surrogate, params: list[Tensor], make: Factory) -> None:

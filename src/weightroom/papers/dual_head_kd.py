@@ -211,7 +211,8 @@ def _run(trial: Trial, *, make: Make) -> dict[str, float]:
 
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if (t := next(steps)) >= late and t % 10 == 0:
-            seen.append(_cosines(objective, student, x, y))
+            with torch.random.fork_rng():  # the second head's dropout draws
+                seen.append(_cosines(objective, student, x, y))
         return objective(model, x, y)
 
     done = _fit(task, trial, student, epochs, loss)

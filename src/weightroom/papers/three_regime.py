@@ -371,10 +371,7 @@ def _perceptron(scale: Scale) -> Study:
             )
             for name in (hot, cold)
         ),
-        Claim(
-            "and its error does not depend on the temperature by more than a point",
-            Expect(cold, on=clean).equal_to(hot, within=0.01),
-        ),
+        Claim("and no flip: training longer does not cost it anything", Expect(cold, on=clean).not_worse_than(hot)),
         Claim("with random labels the higher temperature gives the lower error", Expect(hot, on=noisy).better_than(cold)),
     ]
     return _study(

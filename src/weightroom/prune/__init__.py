@@ -1,6 +1,8 @@
 """Fewer weights: plan pruners and the ``PruningPlan`` they return."""
 
+from weightroom.prune.allocation import allocate_dp
 from weightroom.prune.base import GradualPruning, PlanPruner, prune_gradually, sparsity_at, successive_sparsities
+from weightroom.prune.dimap import DIMAPPruner, distortion_importance
 from weightroom.prune.global_magnitude import (
     ERKPruner,
     GlobalMagnitudePruner,
@@ -11,11 +13,18 @@ from weightroom.prune.global_magnitude import (
     minimum_threshold_sparsities,
 )
 from weightroom.prune.grasp import GraSPPruner
+from weightroom.prune.joint_layerwise import RDPlan, RDPruner, output_distortion
 from weightroom.prune.mfac import MFACPruner
 from weightroom.prune.plan import LayerSparsity, PruningPlan
+from weightroom.prune.precropping import PreCrop, WidthPlan, layerwise_density, shuffle_masks
+from weightroom.prune.selective_activation import ActivateWhilePruning, ActivationPlan
 from weightroom.prune.snip import SNIPPruner
+from weightroom.prune.synflow import SynFlowPruner
 
 __all__ = [
+    "ActivateWhilePruning",
+    "ActivationPlan",
+    "DIMAPPruner",
     "ERKPruner",
     "GlobalMagnitudePruner",
     "GraSPPruner",
@@ -24,13 +33,23 @@ __all__ = [
     "LayerSparsity",
     "MFACPruner",
     "PlanPruner",
+    "PreCrop",
     "PruningPlan",
+    "RDPlan",
+    "RDPruner",
     "RandomPruner",
     "SNIPPruner",
+    "SynFlowPruner",
     "UniformMagnitudePruner",
+    "WidthPlan",
+    "allocate_dp",
+    "distortion_importance",
     "global_keep_counts",
+    "layerwise_density",
     "minimum_threshold_sparsities",
+    "output_distortion",
     "prune_gradually",
+    "shuffle_masks",
     "sparsity_at",
     "successive_sparsities",
 ]

@@ -39,8 +39,8 @@ class Fit:
         steps: optimizer steps taken.
         seconds: wall-clock seconds.
         losses: mean training loss of each epoch, the last of which may be cut short by ``steps``.
-        forwards: batches that went through ``step``.
-        backwards: backward passes.
+        forwards: forward passes of the model, those of an attack or of a line search too.
+        backwards: backward passes that went through its outputs.
     """
 
     steps: int = 0
@@ -131,7 +131,8 @@ def fit(
         optimizer: an optimizer over the parameters to train, or a function that makes one from ``model``'s trainable
             parameters. One with ``needs_closure = True`` (and L-BFGS) gets the closure that it needs. One with
             ``needs_oracle = True`` gets ``step(forward, oracle)``: a function that returns the batch's outputs, and one that
-            returns the loss at given outputs, summed over the batch (a ``loss`` is taken to be a mean over samples).
+            returns the loss at given outputs, summed over the batch (a ``loss`` is taken to be a mean over samples unless its
+            ``reduction`` is "sum"). As the outputs must not change between evaluations, the model then stays in the mode it is in.
         epochs: passes over the data; give this or ``steps``.
         steps: optimizer steps.
         batch_size: samples per step, where ``data`` is a data set.
@@ -184,35 +185,39 @@ def fit(
     take_step = step if step is not None else _plain_step(cast(Callable[..., Tensor], loss))
     needs_closure = bool(getattr(optimizer, "needs_closure", isinstance(optimizer, torch.optim.LBFGS)))
     needs_oracle = bool(getattr(optimizer, "needs_oracle", False))
-    if needs_oracle and (loss is None or step is not None or clip_norm is not None or fabric.world_size > 1):
-        raise UsageError(f"{type(optimizer).__name__} needs a loss, without step or clip_norm, on one device")
+    mixed = precision is not None and "mixed" in str(precision)
+    if needs_oracle and (loss is None or step is not None or clip_norm is not None or mixed or fabric.world_size > 1):
+        raise UsageError(f"{type(optimizer).__name__} needs a loss, without step, clip_norm or mixed precision, on one device")
     check_every = 1 if fabric.device.type == "cpu" else 50
     done, start = Fit(), time.perf_counter()
 
     def backward() -> Tensor:
         fabric_optimizer.zero_grad()
         value = take_step(wrapped, batch)
-        done.forwards += 1
+        done.forwards += step is None
         if value.requires_grad:
             fabric.backward(value)
-            done.backwards += 1
+            done.backwards += step is None
         if clip_norm is not None:
             fabric.clip_gradients(wrapped, fabric_optimizer, max_norm=clip_norm, error_if_nonfinite=False)
         return value
 
     def forward() -> Tensor:
-        outputs = wrapped(batch[0])
+        return wrapped(batch[0])
+
+    def count(module: nn.Module, inputs: Any, outputs: Any) -> None:
         done.forwards += 1
-        if outputs.requires_grad:
-            outputs.register_hook(count_backward)
-        return outputs
+        followed = [out for out in _tensors(outputs) if out.requires_grad]
+        if followed:
+            torch.autograd.graph.register_multi_grad_hook(followed, count_backward, mode="any")
 
     def count_backward(gradient: Tensor) -> None:
         done.backwards += 1
 
     def oracle(outputs: Tensor) -> Tensor:
         index = batch[-1:] if getattr(loss, "needs_index", False) else ()
-        return cast(Callable[..., Tensor], loss)(outputs, batch[1], *index) * len(outputs)
+        value = cast(Callable[..., Tensor], loss)(outputs, batch[1], *index)
+        return value if getattr(loss, "reduction", "mean") == "sum" else value * len(outputs)
 
     def check(seen: int) -> float:
         mean = float(running) / seen
@@ -224,9 +229,11 @@ def fit(
             )
         return mean
 
-    model.train()
+    if not needs_oracle:
+        model.train()
+    counting = model.register_forward_hook(count) if needs_oracle or step is not None else None
     devices = [fabric.device] if fabric.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _bar(total, progress) as advance:
+    with torch.random.fork_rng(devices=devices), _bar(total, progress) as advance, _removing(counting):
         torch.manual_seed(seed)
         epoch = 0
         while done.steps < total:
@@ -302,6 +309,23 @@ def _scheduler(schedule: Schedule | str, optimizer: Optimizer, total: int) -> LR
             f"schedule must be 'constant', 'cosine' or a function (optimizer, total_steps) -> scheduler, got {schedule!r}"
         )
     return None
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, tuple | list):
+        for part in outputs:
+            yield from _tensors(part)
+
+
+@contextlib.contextmanager
+def _removing(hook: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,13 @@
 """Adapting, reparametrising, matching and merging the weights of a model."""
 
 from weightroom.weights.bone import BoneConfig, BoneLinear, adapter_state_dict, bone, load_adapter, merge_, unmerge_
+from weightroom.weights.learngene import (
+    StageSharedEncoder,
+    build_descendant,
+    default_source,
+    learn_learngene,
+    learngene_expand,
+)
 from weightroom.weights.permutation import PermutationSpec, apply_permutation
 from weightroom.weights.robust_signatures import RobustWeightSignature, apply_, patch, reestimate_batchnorm, remove_
 from weightroom.weights.weight_compander import WeightCompander, compand, compand_param_groups, fold
@@ -22,17 +29,22 @@ __all__ = [
     "BoneLinear",
     "PermutationSpec",
     "RobustWeightSignature",
+    "StageSharedEncoder",
     "WeightCompander",
     "adapter_state_dict",
     "alignment_score",
     "apply_",
     "apply_permutation",
     "bone",
+    "build_descendant",
     "compand",
     "compand_param_groups",
+    "default_source",
     "fold",
     "interpolate",
     "l2_reduction",
+    "learn_learngene",
+    "learngene_expand",
     "load_adapter",
     "loss_barrier",
     "loss_path",
