@@ -102,3 +102,13 @@ def test_method_joins_the_family():
 def test_card():
     assert sso.PAPER.names() == ["weightroom.optim.SSO"]
     assert "2302.02607" in sso.PAPER.bibtex
+
+
+def test_it_leaves_tasks_with_dropout_out():
+    import weightroom as wr
+
+    task = wr.tasks.load("breast-cancer")
+    method = sso.PAPER.methods["sso"]
+    assert method.unfit(task) is None
+    noisy = task.with_(model=lambda: nn.Sequential(nn.Linear(30, 4), nn.Dropout(0.3), nn.Linear(4, 2)))
+    assert method.unfit(noisy) == "its surrogate needs outputs without noise, and the model has dropout"
