@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+import weightroom as wr
 from weightroom.papers import sso
 from weightroom.study import Arm, Scale, Trial
 
@@ -105,7 +107,6 @@ def test_card():
 
 
 def test_it_leaves_tasks_with_dropout_out():
-    import weightroom as wr
 
     task = wr.tasks.load("breast-cancer")
     method = sso.PAPER.methods["sso"]

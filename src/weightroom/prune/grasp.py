@@ -21,8 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from weightroom.errors import check_range
 from weightroom.prune.base import PRUNABLE, PlanPruner, ScheduleSpec, check_finite
-from weightroom.prune.plan import Site, call, copy_model, sites
-from weightroom.prune.snip import _to
+from weightroom.prune.plan import Site, call, copy_model, sites, to_device
 
 __all__ = ["GraSPPruner"]
 
@@ -123,7 +122,7 @@ class GraSPPruner(PlanPruner):
         for batch in data:
             if not (isinstance(batch, tuple | list) and len(batch) >= 2):
                 raise TypeError(f"data must give batches (inputs, targets), got {type(batch).__name__}")
-            read.append((_to(batch[0], device), batch[1].to(device)))
+            read.append((to_device(batch[0], device), batch[1].to(device)))
             if len(read) == self.batches:
                 break
         if not read:

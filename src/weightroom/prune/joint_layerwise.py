@@ -31,9 +31,8 @@ from torch import Tensor, nn
 from weightroom.errors import check_range, unknown
 from weightroom.prune.allocation import Floats, Ints, allocate_counts, amounts_of, removed_counts
 from weightroom.prune.base import PRUNABLE, PlanPruner, ScheduleSpec, check_finite, magnitudes, prunable, remove_smallest
-from weightroom.prune.plan import Inputs, PruningPlan, Site, call, copy_model, sites
+from weightroom.prune.plan import Inputs, PruningPlan, Site, call, copy_model, sites, to_device
 from weightroom.prune.shrink import _make_permanent
-from weightroom.prune.snip import _to
 
 __all__ = ["RDPlan", "RDPruner", "output_distortion"]
 
@@ -213,7 +212,7 @@ class RDPruner(PlanPruner):
                 )
             source = _batches(source, self.n_calibration)
         for batch in source:
-            yield _to(batch, device)
+            yield to_device(batch, device)
 
     def _curves(
         self, model: nn.Module, tensors: Sequence[Site], scores: list[Tensor], batches: list[Inputs], counts: Ints, gone: Ints
@@ -275,7 +274,7 @@ def output_distortion(
     device = next(dense.parameters()).device
     moved = [
         (_outputs(dense, x, forward_fn) - _outputs(pruned, x, forward_fn)).square().mean(1)
-        for x in (_to(batch, device) for batch in _batches(data, None))
+        for x in (to_device(batch, device) for batch in _batches(data, None))
     ]
     if not moved:
         raise ValueError("data holds no inputs to measure on")

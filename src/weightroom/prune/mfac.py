@@ -36,8 +36,7 @@ from weightroom.prune.base import (
     remove_smallest,
     successive_sparsities,
 )
-from weightroom.prune.plan import Inputs, PruningPlan, Site, call, copy_model, sites
-from weightroom.prune.snip import _to
+from weightroom.prune.plan import Inputs, PruningPlan, Site, call, copy_model, sites, to_device
 
 __all__ = ["MFACPruner"]
 
@@ -242,7 +241,7 @@ def _gradients(
         batch = next(batches)
         if not (isinstance(batch, tuple | list) and len(batch) >= 2):
             raise TypeError(f"data must give batches (inputs, targets), got {type(batch).__name__}")
-        loss = loss_fn(call(model, _to(batch[0], device)), batch[1].to(device))
+        loss = loss_fn(call(model, to_device(batch[0], device)), batch[1].to(device))
         if not bool(torch.isfinite(loss)):
             raise ValueError(f"the loss of batch {i} is {float(loss.detach())}")
         grads = torch.autograd.grad(loss, list(weights), allow_unused=True, materialize_grads=True)

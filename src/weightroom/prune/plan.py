@@ -389,6 +389,15 @@ def sites(model: nn.Module) -> dict[str, Site]:
     }
 
 
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """The inputs, tensors among them on ``device``."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {name: to_device(value, device) for name, value in inputs.items()}
+    return [to_device(value, device) for value in inputs] if isinstance(inputs, list | tuple) else inputs
+
+
 def copy_model(model: nn.Module) -> nn.Module:
     """Returns a deep copy without gradients; unlike ``copy.deepcopy`` it can copy masked modules after a training step."""
     memo = {

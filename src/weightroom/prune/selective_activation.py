@@ -30,8 +30,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from weightroom.errors import check_range, unknown
 from weightroom.prune.base import PlanPruner, _sizes, remove_smallest
-from weightroom.prune.plan import Inputs, PruningPlan, Site, call, copy_model, evaluating, sites
-from weightroom.prune.snip import _to
+from weightroom.prune.plan import Inputs, PruningPlan, Site, call, copy_model, evaluating, sites, to_device
 
 __all__ = ["ActivateWhilePruning", "ActivationPlan"]
 
@@ -301,7 +300,7 @@ class ActivateWhilePruning:
         if fed is None or not mixers <= set(fed):
             inputs = example_inputs if data is None else _first_inputs(data, example_inputs)
             if inputs is not None:
-                fed = _fed_in_pass(model, _to(inputs, tensors[0].tensor.device))
+                fed = _fed_in_pass(model, to_device(inputs, tensors[0].tensor.device))
             elif fed is None:
                 raise ValueError(
                     "torch.fx cannot trace this model to see which layers a ReLU feeds: give example_inputs or data, or skip_first=False"

@@ -12,14 +12,14 @@ weights are kept within a layer (shuffling a mask within its layers costs little
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from weightroom.prune.base import PRUNABLE, PlanPruner, ScheduleSpec, check_finite
-from weightroom.prune.plan import Inputs, Site, call, copy_model, sites
+from weightroom.prune.plan import Site, call, copy_model, sites, to_device
 
 __all__ = ["SNIPPruner"]
 
@@ -95,7 +95,7 @@ def _mean_gradients(
         for i, batch in enumerate(data):
             if not (isinstance(batch, tuple | list) and len(batch) >= 2):
                 raise TypeError(f"data must give batches (inputs, targets), got {type(batch).__name__}")
-            inputs, targets = _to(batch[0], device), batch[1].to(device)
+            inputs, targets = to_device(batch[0], device), batch[1].to(device)
             loss = loss_fn(call(copy, inputs), targets)
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the loss of batch {i} is {float(loss.detach())}")
@@ -108,11 +108,3 @@ def _mean_gradients(
         raise ValueError("data holds no batch")
     torch._foreach_div_(sums, samples)
     return sums
-
-
-def _to(inputs: Inputs, device: torch.device) -> Inputs:
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {name: _to(value, device) for name, value in inputs.items()}
-    return [_to(value, device) for value in inputs] if isinstance(inputs, list | tuple) else inputs
