@@ -26,9 +26,10 @@ from weightroom.diagnostics import (
     output_cka,
     similarity,
 )
-from weightroom.diagnostics.base import copy_model, masks_of, plain_copy
+from weightroom.diagnostics.base import masks_of, plain_copy
 from weightroom.diagnostics.connectivity import _between, _result
 from weightroom.diagnostics.three_regime import prune_uniformly, retraining_seed
+from weightroom.metrics import copy_model
 
 N = 90
 

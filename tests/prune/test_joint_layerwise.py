@@ -13,6 +13,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.prune.zoo import ZOO, make
+from weightroom.metrics import copy_model
 from weightroom.prune import (
     PruningPlan,
     RDPlan,
@@ -25,7 +26,6 @@ from weightroom.prune import (
     successive_sparsities,
 )
 from weightroom.prune.base import prunable
-from weightroom.prune.plan import copy_model
 
 # ---- the dynamic programme
 

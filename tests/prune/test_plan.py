@@ -16,6 +16,7 @@ from torch.nn.utils import prune as torch_prune
 from tests.prune.zoo import ZOO, make
 from weightroom import metrics, train
 from weightroom.errors import MissingExtraError
+from weightroom.metrics import copy_model
 from weightroom.prune import (
     GlobalMagnitudePruner,
     LAMPPruner,
@@ -26,7 +27,6 @@ from weightroom.prune import (
     successive_sparsities,
 )
 from weightroom.prune.base import Schedule
-from weightroom.prune.plan import copy_model
 
 
 def keep_all(model: nn.Module) -> dict[str, Tensor]:

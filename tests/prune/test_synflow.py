@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from tests.prune.zoo import make
+from weightroom.metrics import copy_model
 from weightroom.prune import PruningPlan, SynFlowPruner
 from weightroom.prune.base import prunable
-from weightroom.prune.plan import copy_model
 from weightroom.prune.synflow import _Flow
 
 

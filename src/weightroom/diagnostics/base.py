@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -11,21 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from weightroom.errors import UsageError
+from weightroom.metrics import copy_model
 
-__all__ = ["batches", "copy_model", "masks_of", "plain_copy"]
-
-
-def copy_model(model: nn.Module) -> nn.Module:
-    """Returns a deep copy without gradients, masks and all; unlike ``copy.deepcopy`` also of a model whose masks are in use."""
-    memo = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    copy = deepcopy(model, memo)
-    copy.zero_grad(set_to_none=True)
-    return copy
+__all__ = ["batches", "masks_of", "plain_copy"]
 
 
 def plain_copy(model: nn.Module) -> nn.Module:

@@ -38,11 +38,11 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import prune as torch_prune
 
-from weightroom.diagnostics.base import batches, copy_model, plain_copy
+from weightroom.diagnostics.base import batches, plain_copy
 from weightroom.diagnostics.connectivity import linear_mode_connectivity
 from weightroom.diagnostics.similarity import output_cka
 from weightroom.errors import UsageError, check_range
-from weightroom.metrics import device_of
+from weightroom.metrics import copy_model, device_of
 
 if TYPE_CHECKING:
     import pandas as pd

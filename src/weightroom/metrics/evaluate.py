@@ -6,6 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sized
+from copy import deepcopy
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from weightroom.data import gather, in_memory
 from weightroom.errors import TaskError, UsageError
 from weightroom.metrics.basic import CLASSIFICATION
 
-__all__ = ["check_device", "check_fit", "device_of", "predict"]
+__all__ = ["check_device", "check_fit", "copy_model", "device_of", "predict"]
 
 #: Samples whose labels are looked at where reading them all would take long.
 SAMPLED = 2000
@@ -28,6 +29,19 @@ def device_of(model: nn.Module) -> torch.device:
     if tensor is None:
         tensor = next(iter(model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """Returns a deep copy without gradients; unlike ``copy.deepcopy`` it can copy masked modules after a training step."""
+    memo = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    copy = deepcopy(model, memo)
+    copy.zero_grad(set_to_none=True)
+    return copy
 
 
 def check_device(name: str) -> str:

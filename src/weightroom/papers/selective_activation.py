@@ -16,9 +16,10 @@ from torch.utils.data import TensorDataset
 
 from weightroom import diagnostics, prune, tasks, train
 from weightroom.compare.prune import PruneMethod
+from weightroom.metrics import copy_model
 from weightroom.nets.small import ResNet
 from weightroom.papers.base import Paper
-from weightroom.prune.plan import Inputs, copy_model
+from weightroom.prune.plan import Inputs
 from weightroom.study import Arm, Claim, Expect, Recipe, Scale, Study, Task, Trial
 
 __all__ = ["PAPER", "study"]

@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from weightroom import diagnostics, optim, prune, tasks, train
 from weightroom.compare.base import Method
-from weightroom.diagnostics.base import copy_model
 from weightroom.diagnostics.three_regime import retraining_seed
+from weightroom.metrics import copy_model
 from weightroom.nets.small import ResNet
 from weightroom.papers.base import Paper
 from weightroom.study import Arm, Claim, Expect, Recipe, Scale, Study, Task, Trial

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from weightroom.errors import check_range
+from weightroom.metrics import copy_model
 from weightroom.prune.base import PRUNABLE, PlanPruner, ScheduleSpec, check_finite
-from weightroom.prune.plan import Site, call, copy_model, sites, to_device
+from weightroom.prune.plan import Site, call, sites, to_device
 
 __all__ = ["GraSPPruner"]
 

@@ -29,9 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from weightroom.errors import check_range, unknown
+from weightroom.metrics import copy_model
 from weightroom.prune.allocation import Floats, Ints, allocate_counts, amounts_of, removed_counts
 from weightroom.prune.base import PRUNABLE, PlanPruner, ScheduleSpec, check_finite, magnitudes, prunable, remove_smallest
-from weightroom.prune.plan import Inputs, PruningPlan, Site, call, copy_model, sites, to_device
+from weightroom.prune.plan import Inputs, PruningPlan, Site, call, sites, to_device
 from weightroom.prune.shrink import _make_permanent
 
 __all__ = ["RDPlan", "RDPruner", "output_distortion"]

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from weightroom.curvature import EmpiricalFisherInverse
 from weightroom.curvature.fisher import check_block_size
 from weightroom.errors import check_range
+from weightroom.metrics import copy_model
 from weightroom.prune.base import (
     PRUNABLE,
     PlanPruner,
@@ -36,7 +37,7 @@ from weightroom.prune.base import (
     remove_smallest,
     successive_sparsities,
 )
-from weightroom.prune.plan import Inputs, PruningPlan, Site, call, copy_model, sites, to_device
+from weightroom.prune.plan import Inputs, PruningPlan, Site, call, sites, to_device
 
 __all__ = ["MFACPruner"]
 

@@ -14,7 +14,6 @@ import json
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -29,8 +28,9 @@ from torch.nn.utils import prune as torch_prune
 from torch.nn.utils.rnn import PackedSequence
 
 from weightroom.errors import unknown
+from weightroom.metrics import copy_model
 
-__all__ = ["Inputs", "LayerSparsity", "PruningPlan", "Site", "call", "copy_model", "evaluating", "sites"]
+__all__ = ["Inputs", "LayerSparsity", "PruningPlan", "Site", "call", "evaluating", "sites"]
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -396,19 +396,6 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     if isinstance(inputs, Mapping):
         return {name: to_device(value, device) for name, value in inputs.items()}
     return [to_device(value, device) for value in inputs] if isinstance(inputs, list | tuple) else inputs
-
-
-def copy_model(model: nn.Module) -> nn.Module:
-    """Returns a deep copy without gradients; unlike ``copy.deepcopy`` it can copy masked modules after a training step."""
-    memo = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    copy = deepcopy(model, memo)
-    copy.zero_grad(set_to_none=True)
-    return copy
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:

@@ -42,8 +42,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from weightroom.errors import unknown
+from weightroom.metrics import copy_model
 from weightroom.prune.base import prunable
-from weightroom.prune.plan import Inputs, PruningPlan, Site, call, copy_model, evaluating, sites
+from weightroom.prune.plan import Inputs, PruningPlan, Site, call, evaluating, sites
 from weightroom.prune.shrink import _depthwise, _Graph, _tensors, reset
 from weightroom.prune.snip import SNIPPruner
 from weightroom.prune.synflow import SynFlowPruner

@@ -29,8 +29,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from weightroom.errors import check_range, unknown
+from weightroom.metrics import copy_model
 from weightroom.prune.base import PlanPruner, _sizes, remove_smallest
-from weightroom.prune.plan import Inputs, PruningPlan, Site, call, copy_model, evaluating, sites, to_device
+from weightroom.prune.plan import Inputs, PruningPlan, Site, call, evaluating, sites, to_device
 
 __all__ = ["ActivateWhilePruning", "ActivationPlan"]
 

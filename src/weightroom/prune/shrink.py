@@ -20,7 +20,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import prune as torch_prune
 
 from weightroom.errors import MissingExtraError
-from weightroom.prune.plan import Inputs, _mask_hooks, _refresh_output_projection, call, copy_model, evaluating, sites
+from weightroom.metrics import copy_model
+from weightroom.prune.plan import Inputs, _mask_hooks, _refresh_output_projection, call, evaluating, sites
 
 __all__ = ["reset", "shrink"]
 

@@ -18,8 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from weightroom.metrics import copy_model
 from weightroom.prune.base import PRUNABLE, PlanPruner, ScheduleSpec, check_finite
-from weightroom.prune.plan import Site, call, copy_model, sites, to_device
+from weightroom.prune.plan import Site, call, sites, to_device
 
 __all__ = ["SNIPPruner"]
 

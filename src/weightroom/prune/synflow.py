@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from weightroom.metrics import copy_model
 from weightroom.prune.base import (
     PRUNABLE,
     PlanPruner,
@@ -34,7 +35,7 @@ from weightroom.prune.base import (
     remove_smallest,
     successive_sparsities,
 )
-from weightroom.prune.plan import Inputs, PruningPlan, Site, call, copy_model, sites
+from weightroom.prune.plan import Inputs, PruningPlan, Site, call, sites
 from weightroom.prune.shrink import _tensors
 
 __all__ = ["SynFlowPruner"]
