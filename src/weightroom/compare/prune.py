@@ -10,7 +10,7 @@ import copy
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,7 +186,8 @@ def arms(task: Task, methods: Mapping[str, Method], options: Options) -> tuple[d
         raise UsageError(f"every sparsity may be given once, got {', '.join(f'{s:g}' for s in points)}")
     if options.onnx or options.export:
         onnx_runtime()
-    return {name: _arm(task, method, options) for name, method in methods.items()}, {f"{s:g}": float(s) for s in points}
+    how = replace(options, sparsity=())  # a trial does not depend on the points beside its own
+    return {name: _arm(task, method, how) for name, method in methods.items()}, {f"{s:g}": float(s) for s in points}
 
 
 FAMILY = Family(
