@@ -1,3 +1,4 @@
+import copy
 import functools
 import subprocess
 import sys
@@ -119,6 +120,17 @@ class Table(Mapping[str, int]):
 def test_classes_of_generic_bases():
     assert fingerprint(Table) == fingerprint(Table)
     assert fingerprint(lambda: Table())
+
+
+def test_pickling_an_object_leaves_its_fingerprint():
+    @dataclass
+    class Point:
+        x: int
+
+    before = fingerprint(Point(1))
+    copy.copy(Point(2))  # as pickling does, this notes the class's slots on the class
+    assert "__slotnames__" in vars(Point)
+    assert fingerprint(Point(1)) == before
 
 
 def test_it_is_the_same_in_another_process():

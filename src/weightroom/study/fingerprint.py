@@ -149,7 +149,16 @@ class _Digest:
             k: v
             for k, v in vars(cls).items()
             if k
-            not in ("__doc__", "__module__", "__dict__", "__weakref__", "__annotations__", "__orig_bases__", "__parameters__")
+            not in (
+                "__doc__",
+                "__module__",
+                "__dict__",
+                "__weakref__",
+                "__annotations__",
+                "__orig_bases__",
+                "__parameters__",
+                "__slotnames__",
+            )
         }
         members = {k: _unwrap(v) for k, v in members.items() if not k.startswith("_abc_") and not k.startswith("__dataclass")}
         return _hash(b"class", cls.__qualname__, *(self.of(base) for base in cls.__bases__), self.of(members))
