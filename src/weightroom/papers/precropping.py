@@ -36,14 +36,15 @@ PAPER = Paper(
     "the best densities solve a small convex problem, and cropping channels to them costs no accuracy while it makes a small "
     "dense network that trains and runs faster.",
     limits="On digits the first half holds where a mask is not extreme: at 20 and 8 % of the weights a shuffled mask is about as "
-    "good as SynFlow's or SNIP's own, and random masks of the closed form's densities as SynFlow's. The closed form gives the "
-    "densities of a hundred rounds of SynFlow at 20 % (0.11 apart at most), not at 8 and 3 % (up to 0.4), where SynFlow also removes "
-    "small weights of layers that the closed form leaves whole. Cropping is nearly free at 20 % and costs most of the accuracy at "
-    "3 %: it leaves layers of three to five channels; one share of all widths is better there, and so is the geometric programme, "
-    "which is worse at larger budgets. Only crops make an epoch shorter, and they reach their share of the FLOPs only with widths "
-    "that are multiples of the kernels' block (round_to). At equal density a crop also has fewer norms and biases than a mask. No "
-    "code was published: what happens at residual additions, the rounding and the scaling to the exact budget are this part's own. "
-    "PreCrop itself does not join the comparison of pruners, which applies masks.",
+    "good as SynFlow's or SNIP's own, and random masks of the closed form's densities as SynFlow's. The closed form gives "
+    "the densities of a hundred rounds of SynFlow at 20 % (0.11 apart at most), not at 8 and 3 % (up to 0.4), where SynFlow "
+    "also removes small weights of layers that the closed form leaves whole. Cropping is nearly free at 20 % and costs "
+    "sixteen points at 3 %: it leaves layers of three to five channels; one share of all widths is better there, and so is "
+    "the geometric programme, which is worse at larger budgets. Only crops make an epoch shorter, and they reach their "
+    "share of the FLOPs only with widths that are multiples of the kernels' block (round_to). At equal density a crop also "
+    "has fewer norms and biases than a mask. No code was published: what happens at residual additions, the rounding and "
+    "the scaling to the exact budget are this part's own. PreCrop itself does not join the comparison of pruners, which "
+    "applies masks.",
     methods={"SynFlow": PruneMethod(prune.SynFlowPruner, start="initial")},
 )
 
