@@ -33,6 +33,7 @@ def record(keys: Sequence[str], scale: str, **how: Any) -> int:
         whole = done.as_dict()
         whole["seeds"] = sorted({trial["seed"] for trial in whole["trials"] if trial["variant"] == "common"})
         whole["n_trials"] = len(whole.pop("trials"))
+        whole["environment"]["command"] = f"weightroom verdicts --record --scale {Scale.of(scale).value} {key}"
         whole["failed_trials"] = done.failed
         found["papers"][key] = whole
         found["papers"] = dict(sorted(found["papers"].items()))
