@@ -59,6 +59,8 @@ def same(model, before):
 
 def close(a, b):
     a, b = (m.state_dict() if isinstance(m, nn.Module) else m for m in (a, b))
+    assert a
+    assert a.keys() <= b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-6)
 

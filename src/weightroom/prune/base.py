@@ -12,7 +12,7 @@ import copy
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
 from weightroom.errors import unknown
-from weightroom.prune.plan import Inputs, PruningPlan, Site, sites
+from weightroom.prune.plan import Inputs, PruningPlan, Site, sites, to_device
 
 __all__ = [
     "PRUNABLE",
@@ -193,6 +193,24 @@ def apportion(quotas: Sequence[float], caps: Sequence[int], total: int) -> list[
     tied = (at(high) > kept).nonzero()[0]  # low and high are neighbours: what lies between them is one tie
     kept[tied[: total - int(kept.sum())]] += 1
     return [int(count) for count in kept]
+
+
+def needed(
+    pruner: str, data: Iterable[Any] | None, loss_fn: Callable[..., Tensor] | None
+) -> tuple[Iterable[Any], Callable[..., Tensor]]:
+    """Returns both, or raises a TypeError that says which of them ``pruner.fit`` was not given."""
+    if data is None or loss_fn is None:
+        missing = " and ".join(word for word, value in (("data", data), ("loss_fn", loss_fn)) if value is None)
+        raise TypeError(f"{pruner}.fit needs {missing}: batches (inputs, targets) and loss_fn(outputs, targets)")
+    return data, loss_fn
+
+
+def labelled(data: Iterable[Any], device: torch.device) -> Iterator[tuple[Inputs, Tensor]]:
+    """The inputs and targets of each batch, on ``device``; raises a TypeError where a batch is no such pair."""
+    for batch in data:
+        if not (isinstance(batch, tuple | list) and len(batch) >= 2):
+            raise TypeError(f"data must give batches (inputs, targets), got {type(batch).__name__}")
+        yield to_device(batch[0], device), batch[1].to(device)
 
 
 class PlanPruner(ABC):

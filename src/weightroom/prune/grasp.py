@@ -12,6 +12,7 @@ SNIP are better, and as with SNIP it hardly matters which weights are kept withi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -21,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from weightroom.errors import check_range
 from weightroom.metrics import copy_model
-from weightroom.prune.base import PRUNABLE, PlanPruner, ScheduleSpec, check_finite
-from weightroom.prune.plan import Site, call, sites, to_device
+from weightroom.prune.base import PRUNABLE, PlanPruner, ScheduleSpec, check_finite, labelled, needed
+from weightroom.prune.plan import Site, call, sites
 
 __all__ = ["GraSPPruner"]
 
@@ -72,9 +73,7 @@ class GraSPPruner(PlanPruner):
     def _scores(
         self, model: nn.Module, tensors: Sequence[Site], data: Iterable[Any] | None, loss_fn: Callable[..., Tensor] | None
     ) -> list[Tensor]:
-        if data is None or loss_fn is None:
-            missing = " and ".join(word for word, value in (("data", data), ("loss_fn", loss_fn)) if value is None)
-            raise TypeError(f"GraSPPruner.fit needs {missing}: batches (inputs, targets) and loss_fn(outputs, targets)")
+        data, loss_fn = needed("GraSPPruner", data, loss_fn)
         products = self._hessian_times_gradient(model, [site.name for site in tensors], data, loss_fn)
         scores = []
         for site, Hg in zip(tensors, products, strict=True):
@@ -97,7 +96,9 @@ class GraSPPruner(PlanPruner):
         random = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
         with random, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
             torch.manual_seed(self.seed)
-            batches = self._read(data, device)
+            batches = list(itertools.islice(labelled(data, device), self.batches))
+            if not batches:
+                raise ValueError("data holds no batch")
             samples = sum(len(targets) for _, targets in batches)
 
             def gradients(inputs: Any, targets: Tensor, again: bool) -> tuple[Tensor, ...]:
@@ -117,15 +118,3 @@ class GraSPPruner(PlanPruner):
                 if isinstance(inner, Tensor) and inner.requires_grad:
                     torch._foreach_add_(Hg, torch.autograd.grad(inner, weights, allow_unused=True, materialize_grads=True))
         return Hg
-
-    def _read(self, data: Iterable[Any], device: torch.device) -> list[tuple[Any, Tensor]]:
-        read: list[tuple[Any, Tensor]] = []
-        for batch in data:
-            if not (isinstance(batch, tuple | list) and len(batch) >= 2):
-                raise TypeError(f"data must give batches (inputs, targets), got {type(batch).__name__}")
-            read.append((to_device(batch[0], device), batch[1].to(device)))
-            if len(read) == self.batches:
-                break
-        if not read:
-            raise ValueError("data holds no batch")
-        return read

@@ -33,11 +33,13 @@ from weightroom.prune.base import (
     PlanPruner,
     ScheduleSpec,
     check_finite,
+    labelled,
+    needed,
     prunable,
     remove_smallest,
     successive_sparsities,
 )
-from weightroom.prune.plan import Inputs, PruningPlan, Site, call, sites, to_device
+from weightroom.prune.plan import Inputs, PruningPlan, Site, call, sites
 
 __all__ = ["MFACPruner"]
 
@@ -116,9 +118,7 @@ class MFACPruner(PlanPruner):
         removed = self._count(tensors)
         for site in tensors:
             check_finite(repr(site.name), site.tensor.detach())
-        if data is None or loss_fn is None:
-            missing = " and ".join(word for word, value in (("data", data), ("loss_fn", loss_fn)) if value is None)
-            raise TypeError(f"MFACPruner.fit needs {missing}: batches (inputs, targets) and loss_fn(outputs, targets)")
+        data, loss_fn = needed("MFACPruner", data, loss_fn)
         copy = _evaluated(model)
         known = sites(copy)
         weights = [known[site.name].tensor.requires_grad_() for site in tensors]
@@ -127,7 +127,7 @@ class MFACPruner(PlanPruner):
         alive = torch.cat([mask.reshape(-1) for mask in masks]).nonzero().flatten()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
             torch.manual_seed(self.seed)
-            batches = _endless(data)
+            batches = labelled(_endless(data), device)
             for kept in self._rounds(sum(w.numel() for w in weights), len(alive), removed):
                 G = _gradients(copy, weights, alive, batches, loss_fn, self.window)
                 alive = self._cut(weights, alive, G, len(alive) - kept)
@@ -239,10 +239,8 @@ def _gradients(
         dtype = torch.promote_types(dtype, w.dtype)
     G = torch.empty((m, len(alive)), dtype=dtype, device=device)
     for i, row in enumerate(G):
-        batch = next(batches)
-        if not (isinstance(batch, tuple | list) and len(batch) >= 2):
-            raise TypeError(f"data must give batches (inputs, targets), got {type(batch).__name__}")
-        loss = loss_fn(call(model, to_device(batch[0], device)), batch[1].to(device))
+        inputs, targets = next(batches)
+        loss = loss_fn(call(model, inputs), targets)
         if not bool(torch.isfinite(loss)):
             raise ValueError(f"the loss of batch {i} is {float(loss.detach())}")
         grads = torch.autograd.grad(loss, list(weights), allow_unused=True, materialize_grads=True)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from weightroom.metrics import copy_model
-from weightroom.prune.base import PRUNABLE, PlanPruner, ScheduleSpec, check_finite
-from weightroom.prune.plan import Site, call, sites, to_device
+from weightroom.prune.base import PRUNABLE, PlanPruner, ScheduleSpec, check_finite, labelled, needed
+from weightroom.prune.plan import Site, call, sites
 
 __all__ = ["SNIPPruner"]
 
@@ -68,9 +68,7 @@ class SNIPPruner(PlanPruner):
     def _scores(
         self, model: nn.Module, tensors: Sequence[Site], data: Iterable[Any] | None, loss_fn: Callable[..., Tensor] | None
     ) -> list[Tensor]:
-        if data is None or loss_fn is None:
-            missing = " and ".join(word for word, value in (("data", data), ("loss_fn", loss_fn)) if value is None)
-            raise TypeError(f"SNIPPruner.fit needs {missing}: batches (inputs, targets) and loss_fn(outputs, targets)")
+        data, loss_fn = needed("SNIPPruner", data, loss_fn)
         gradients = _mean_gradients(model, [site.name for site in tensors], data, loss_fn, self.batches, self.seed)
         scores = []
         for site, gradient in zip(tensors, gradients, strict=True):
@@ -93,10 +91,7 @@ def _mean_gradients(
     sums, samples = [torch.zeros_like(weight) for weight in weights], 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(seed)
-        for i, batch in enumerate(data):
-            if not (isinstance(batch, tuple | list) and len(batch) >= 2):
-                raise TypeError(f"data must give batches (inputs, targets), got {type(batch).__name__}")
-            inputs, targets = to_device(batch[0], device), batch[1].to(device)
+        for i, (inputs, targets) in enumerate(labelled(data, device)):
             loss = loss_fn(call(copy, inputs), targets)
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the loss of batch {i} is {float(loss.detach())}")
