@@ -1,4 +1,4 @@
-"""Fewer weights: plan pruners and the ``PruningPlan`` they return."""
+"""Fewer weights: plan pruners and the ``PruningPlan`` they return; train-time pruners that wrap a model and derive a smaller one."""
 
 from weightroom.prune.allocation import allocate_dp
 from weightroom.prune.base import GradualPruning, PlanPruner, prune_gradually, sparsity_at, successive_sparsities
@@ -20,6 +20,7 @@ from weightroom.prune.precropping import PreCrop, WidthPlan, layerwise_density, 
 from weightroom.prune.selective_activation import ActivateWhilePruning, ActivationPlan
 from weightroom.prune.snip import SNIPPruner
 from weightroom.prune.synflow import SynFlowPruner
+from weightroom.prune.wrapped import TrainTimePruner, WrappedModel
 
 __all__ = [
     "ActivateWhilePruning",
@@ -40,8 +41,10 @@ __all__ = [
     "RandomPruner",
     "SNIPPruner",
     "SynFlowPruner",
+    "TrainTimePruner",
     "UniformMagnitudePruner",
     "WidthPlan",
+    "WrappedModel",
     "allocate_dp",
     "distortion_importance",
     "global_keep_counts",
