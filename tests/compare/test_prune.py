@@ -1,6 +1,7 @@
 """The pruning comparison: its operating points, what it times, what it exports."""
 
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch.utils.data import TensorDataset
 import weightroom as wr
 from weightroom.compare import prune
 from weightroom.errors import UsageError
+from weightroom.prune import PruningPlan, TrainTimePruner, WrappedModel
+from weightroom.study import Scale, Trial
 
 
 def net():
@@ -65,3 +68,74 @@ def test_export_belongs_to_pruning(tmp_path):
     for option in ({"export": tmp_path / "out"}, {"onnx": True}):
         with pytest.raises(UsageError, match="belongs to the family 'prune', not to 'loss'"):
             wr.compare("loss", toy, store=tmp_path, **option)
+
+
+def test_crops_are_built_anew_and_reach_the_density_of_the_masks(tmp_path):
+    results = wr.compare("prune", toy, arms=["PreCrop", "PreCrop, gp"], sparsity=0.5, seeds=1, store=tmp_path, workers=1)
+    assert results.failed == 0
+    crops = results.frame[results.frame.arm != "dense"]
+    # a hidden channel of this network has 9 of the 144 weights: 8 of 16 channels are exactly half
+    assert crops.sparsity.tolist() == [0.5, 0.5]
+    assert crops.parameters.tolist() == [8 * 9 + 8 + 3] * 2
+
+
+class Half(WrappedModel):
+    """Switches off the upper half of the hidden layer once half of the training has passed."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.gate, self.seen = model, nn.Parameter(torch.ones(())), []
+
+    def forward(self, x):
+        hidden = self.model[1](self.model[0](x))
+        if self.seen and self.seen[-1] > 0.5:
+            hidden = hidden * (torch.arange(16) < 8)
+        self.rows = len(x)
+        return self.model[2](hidden)
+
+    def aux_loss(self):
+        return self.gate**2
+
+    def param_groups(self):
+        return [{"params": self.model.parameters()}, {"params": [self.gate], "lr": 0.1}]
+
+    def advance(self, progress):
+        self.seen.append(progress)
+
+    def report(self, loader):
+        raise NotImplementedError
+
+    def macs(self):
+        return torch.full((self.rows,), 72)
+
+
+class Halving(TrainTimePruner):
+    made: ClassVar[list[Half]] = []
+
+    def __init__(self, dynamic):
+        self.dynamic = dynamic
+
+    def wrap(self, model, example_inputs):
+        assert example_inputs.shape == (1, 6)
+        self.made.append(Half(model))
+        return self.made[-1]
+
+    def derive(self, wrapped, loader):
+        assert sum(len(batch[0]) for batch in loader) == len(toy(val=toy().test).train)
+        plan = PruningPlan({"0.weight": (torch.arange(16) < 8)[:, None].expand(16, 6)})
+        return plan.apply(wrapped.model), plan
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_train_time_pruner_is_trained_in_its_gates_and_then_measured(tmp_path, dynamic):
+    Halving.made.clear()
+    task = toy(val=toy().test, recipe={"epochs": 5, "lr": 1e-2})
+    arms, settings = prune.arms(task, {"halving": prune.PruneMethod(lambda sparsity: Halving(dynamic))}, prune.Options())
+    trial = Trial(0, Scale.SMALL, setting=settings["0.5"], folder=tmp_path)
+    found = arms["halving"].run(trial)
+    (wrapped,) = Halving.made
+    assert wrapped.seen == [0.25, 0.5, 0.75, 1.0]  # fine-tuning takes two fifths of five epochs, of two batches each
+    assert 0 < wrapped.gate.item() < 1  # trained by the auxiliary loss
+    assert found["sparsity"] == (0.0 if dynamic else 0.5)
+    assert trial.spent["flops"] == 2 * (72 if dynamic else 144)
+    assert found["accuracy"] > 0.4

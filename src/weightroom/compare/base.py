@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,7 @@ def train_by_recipe(
     data: Dataset | None = None,
     epochs: int | None = None,
     lr: float | None = None,
+    passed: Callable[[float], None] | None = None,
     log: bool = True,
 ) -> train.Fit:
     """Trains ``model`` on a task as its recipe says, except for what is given; counts the cost and logs the loss to the trial.
@@ -110,27 +112,37 @@ def train_by_recipe(
         data: another data set than the task's training data.
         epochs: another number than the recipe's.
         lr: another learning rate than the recipe's.
+        passed: called after each step with the share of the training that has passed.
         log: record the curve of the training loss.
     """
     recipe = task.recipe
     epochs = recipe.epochs if epochs is None else epochs
     chosen = recipe if lr is None else type(recipe)(**{**vars(recipe), "lr": lr})
+    data = task.train if data is None else data
+    epochs = trial.scale.pick(min(2, epochs), epochs, epochs)
+    total = epochs * math.ceil(len(cast(Sized, data)) / recipe.batch_size)
     done = train.fit(
-        model, task.train if data is None else data, loss=task.loss if loss is None else loss, step=step,
-        optimizer=chosen.make if optimizer is None else optimizer,
-        epochs=trial.scale.pick(min(2, epochs), epochs, epochs), batch_size=recipe.batch_size, schedule=recipe.schedule,
-        seed=trial.seed, device=trial.device, after_epoch=(lambda epoch, value: trial.log(epoch, loss=value)) if log else None,
+        model, data, loss=task.loss if loss is None else loss, step=step, optimizer=chosen.make if optimizer is None else optimizer,
+        epochs=epochs, batch_size=recipe.batch_size, schedule=recipe.schedule, seed=trial.seed, device=trial.device,
+        after_step=lambda steps: None if passed is None else passed(steps / total),
+        after_epoch=(lambda epoch, value: trial.log(epoch, loss=value)) if log else None,
     )  # fmt: skip
     trial.spend(train_seconds=done.seconds, steps=done.steps, forwards=done.forwards, backwards=done.backwards)
     return done
 
 
-def measure(task: Task, trial: Trial, model: nn.Module) -> dict[str, float]:
-    """Returns the task's metrics on the trial's split; counts parameters, FLOPs and latency (a batch of 64) as costs."""
+def measure(task: Task, trial: Trial, model: nn.Module, *, macs: float | None = None) -> dict[str, float]:
+    """Returns the task's metrics on the trial's split; counts parameters, FLOPs and latency (a batch of 64) as costs.
+
+    Args:
+        task: gives data and metrics.
+        trial: gives the split.
+        model: measured.
+        macs: multiply-accumulates of a sample, of a model that cannot be counted by its shapes.
+    """
     inputs = sample_inputs(task).to(metrics.device_of(model))
-    trial.spend(
-        parameters=metrics.nonzero_parameters(model), flops=2 * metrics.macs(model, inputs[:1]), latency=metrics.latency(model, inputs)
-    )  # fmt: skip
+    macs = metrics.macs(model, inputs[:1]) if macs is None else macs
+    trial.spend(parameters=metrics.nonzero_parameters(model), flops=2 * macs, latency=metrics.latency(model, inputs))
     return task.evaluate(model, trial.split)
 
 

@@ -1,7 +1,10 @@
 """Pruning: one trained model per seed, each arm removes the same share of its weights, all are fine-tuned alike.
 
-A method is ``make(sparsity, **hyper) -> pruner`` with ``fit(model, data, example_inputs, loss_fn) -> PruningPlan``. Its ``start``
-says what is pruned: the trained model (then fine-tuned), or the model at initialisation (then trained in full).
+A method is ``make(sparsity, **hyper) -> pruner``. A plan pruner has ``fit(model, data=, example_inputs=, loss_fn=) -> plan``;
+``plan.apply(model, mode=...)`` returns the pruned model, which is then trained. A train-time pruner is a ``TrainTimePruner``: the
+wrapped model is trained, and the model derived from it is what counts; of one whose masks depend on the sample (``dynamic``) it is
+the wrapped model itself. The method's ``start`` says what is pruned: the trained model (then fine-tuned), or the model at
+initialisation (then trained in full).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
@@ -40,10 +44,12 @@ class PruneMethod(Method):
     Args:
         start: what it prunes: the trained weights or the initial ones.
         seeded: ``make`` also takes ``seed``, the trial's.
+        mode: how its plan is applied: "mask", or "rebuild" for a smaller network with fresh weights.
     """
 
     start: Literal["trained", "initial"] = "trained"
     seeded: bool = False
+    mode: Literal["mask", "rebuild"] = "mask"
 
 
 def _bib(key: str, title: str, authors: str, year: int, venue: str) -> tuple[str]:
@@ -76,26 +82,50 @@ BASELINES = {
 
 
 def _arm(task: Task, method: Method, options: Options) -> Arm:
-    start, epochs = getattr(method, "start", "trained"), options.epochs
+    start = getattr(method, "start", "trained")
 
     def run(trial: Trial) -> dict[str, float]:
         model = task.model(seed=trial.seed).to(trial.device)
         if start == "trained":
-            model.load_state_dict(_trained(task, trial, model, epochs))
+            model.load_state_dict(_trained(task, trial, model, options.epochs))
         seed = {"seed": trial.seed} if getattr(method, "seeded", False) else {}
         pruner = method.make(trial.setting, **seed, **trial.params)
-        if pruner is not None:
-            batches = _Batches(task, trial)
-            inputs = next(iter(batches))[0][:1]
-            plan = pruner.fit(model, batches, example_inputs=inputs, loss_fn=task.loss)
-            plan.apply(model, mode="mask")
-        train_by_recipe(task, trial, model, epochs=_epochs(task, epochs, start))
+        train: dict[str, Any] = {"epochs": _epochs(task, options.epochs, start)}
+        found, macs = {"sparsity": 0.0}, None
+        if isinstance(pruner, prune.TrainTimePruner):
+            wrapped = pruner.wrap(model, sample_inputs(task)[:1].to(trial.device))
+            train_by_recipe(
+                task, trial, wrapped, **train, passed=wrapped.advance, step=lambda net, batch: task.loss(net(batch[0]), batch[1]) + wrapped.aux_loss(),
+                optimizer=lambda _: task.recipe.make(wrapped.param_groups()),
+            )  # fmt: skip
+            model = wrapped
+            if getattr(pruner, "dynamic", False):
+                macs = _macs_spent(task, trial.split, wrapped)
+            else:
+                model, plan = pruner.derive(wrapped, _Batches(task, trial))
+                found["sparsity"] = plan.sparsity()
+        else:
+            if pruner is not None:
+                batches = _Batches(task, trial)
+                plan = pruner.fit(model, data=batches, example_inputs=next(iter(batches))[0][:1], loss_fn=task.loss)
+                model = plan.apply(model, mode=getattr(method, "mode", "mask"))
+                found["sparsity"] = plan.sparsity()
+            train_by_recipe(task, trial, model, **train)
         trial.spend(trainings=1.0)
-        found = {**measure(task, trial, model), "sparsity": 0.0 if pruner is None else plan.sparsity()}
+        found |= measure(task, trial, model, macs=macs)
         _deploy(task, trial, model, options)
         return found
 
     return Arm(run, method.defaults, method.space, method.cites)
+
+
+@torch.no_grad()
+def _macs_spent(task: Task, split: str, model: Any) -> float:
+    """Multiply-accumulates that a dynamic model really spends on a sample, the mean over a few hundred of the split."""
+    dataset: Any = getattr(task, split)
+    inputs = torch.stack([torch.as_tensor(dataset[i][0]) for i in range(min(512, len(dataset)))])
+    model.eval()(inputs.to(metrics.device_of(model)))
+    return float(model.macs().double().mean())
 
 
 def _deploy(task: Task, trial: Trial, model: nn.Module, options: Options) -> None:

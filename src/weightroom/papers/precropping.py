@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,19 @@ from weightroom.study import Arm, Claim, Expect, Recipe, Scale, Study, Task, Tri
 from weightroom.train import Batches
 
 __all__ = ["PAPER", "study"]
+
+
+class _Crop:
+    """PreCrop at the density of a mask, called as a pruner."""
+
+    def __init__(self, sparsity: float, rule: Literal["sqrt", "gp"]) -> None:
+        self.crop = prune.PreCrop(params=1 - sparsity, rule=rule, count="weights")
+
+    def fit(
+        self, model: nn.Module, data: Iterable[Any], example_inputs: Tensor, loss_fn: Callable[..., Tensor]
+    ) -> prune.WidthPlan:
+        return self.crop.fit(model, example_inputs, data=data, loss_fn=loss_fn)
+
 
 PAPER = Paper(
     key="precropping",
@@ -43,9 +56,12 @@ PAPER = Paper(
     "the geometric programme, which is worse at larger budgets. Only crops make an epoch shorter, and they reach their "
     "share of the FLOPs only with widths that are multiples of the kernels' block (round_to). At equal density a crop also "
     "has fewer norms and biases than a mask. No code was published: what happens at residual additions, the rounding and "
-    "the scaling to the exact budget are this part's own. PreCrop itself does not join the comparison of pruners, which "
-    "applies masks.",
-    methods={"SynFlow": PruneMethod(prune.SynFlowPruner, start="initial")},
+    "the scaling to the exact budget are this part's own.",
+    methods={
+        "SynFlow": PruneMethod(prune.SynFlowPruner, start="initial"),
+        "PreCrop": PruneMethod(_Crop, {"rule": "sqrt"}, start="initial", mode="rebuild"),
+        "PreCrop, gp": PruneMethod(_Crop, {"rule": "gp"}, start="initial", mode="rebuild"),
+    },
 )
 
 #: Share of the epochs that fine-tuning takes where the network is pruned after training.

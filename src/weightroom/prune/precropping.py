@@ -165,9 +165,25 @@ class WidthPlan:
     parameters: int
     flops: int | None
     example_input: Inputs | None = field(default=None, repr=False)
+    _weights: tuple[float, float] = field(default=(1.0, 1.0), repr=False)
     _before: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
     _after: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
     _config: dict[str, int] | None = field(default=None, repr=False)
+
+    def sparsity(self) -> float:
+        """Share of the weights (biases and norms aside) that the widths remove; negative where they add some."""
+        before, after = self._weights
+        return 1.0 - after / before
+
+    def apply(self, model: nn.Module, mode: Literal["rebuild"] = "rebuild") -> nn.Module:
+        """Does what ``build`` does, under the name and mode that a ``PruningPlan`` has for it; ``model`` is left as it is.
+
+        Raises:
+            ValueError: as ``build``, or another mode: widths say nothing of which weights to keep.
+        """
+        if mode != "rebuild":
+            raise ValueError(f"mode must be 'rebuild': a plan of widths has no masks, got {mode!r}")
+        return self.build(model)
 
     def build(self, model: nn.Module, *, seed: int | None = None) -> nn.Module:
         """Returns a new network of the plan's widths with fresh weights, drawn by each module's own ``reset_parameters``.
@@ -532,7 +548,8 @@ class _Layout:
             densities = {_weight(n): float(a / b) for n, a, b in zip(self.names, now, full, strict=True) if b}
         return WidthPlan(
             widths={name: given for name, (_, given) in after.items()}, densities=densities, parameters=round(self.cost("all", w)),
-            flops=None if self.uses is None else round(self.cost("flops", w)), example_input=inputs, _before=before,
+            flops=None if self.uses is None else round(self.cost("flops", w)), example_input=inputs,
+            _weights=(self.cost("weights", self.sizes), self.cost("weights", w)), _before=before,
             _after={name: io for name, io in after.items() if io != before[name]},
             _config=None if self.config is None else {name: round(width) for name, width in zip(self.config, w, strict=True)},
         )  # fmt: skip
