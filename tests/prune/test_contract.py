@@ -42,12 +42,6 @@ every_pruner = pytest.mark.parametrize("pruner", PRUNERS, ids=lambda p: p.__name
 every_model = pytest.mark.parametrize("name", ZOO)
 
 
-def build(name: str, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
-    if name == "vit":
-        pytest.importorskip("transformers")
-    return make(name, seed)
-
-
 def fit(pruner: PlanPruner, model: nn.Module, x: Tensor, y: Tensor) -> PruningPlan:
     return pruner.fit(model, data=[(x, y)], example_inputs=x, loss_fn=nn.functional.cross_entropy)
 
@@ -71,7 +65,7 @@ def test_the_room_has_plan_pruners_to_test():
 @every_pruner
 @every_model
 def test_fit_removes_exactly_the_share_asked_for_and_leaves_the_model_alone(pruner, name):
-    model, x, y = build(name)
+    model, x, y = make(name)
     nn.functional.cross_entropy(model(x), y).backward()
     model.train()
     next(iter(model.children())).eval()
@@ -101,7 +95,7 @@ def test_fit_removes_exactly_the_share_asked_for_and_leaves_the_model_alone(prun
 @every_pruner
 @every_model
 def test_masks_hold_zeros_through_training_with_momentum_and_weight_decay(pruner, name):
-    model, x, y = build(name)
+    model, x, y = make(name)
     plan = fit(pruner(0.7), model, x, y)
     plan.apply(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
@@ -127,7 +121,7 @@ def test_masks_hold_zeros_through_training_with_momentum_and_weight_decay(pruner
 @every_pruner
 @every_model
 def test_plans_survive_saving_and_applying_twice(pruner, name, tmp_path):
-    model, x, y = build(name)
+    model, x, y = make(name)
     model.eval()
     plan = fit(pruner(0.6), model, x, y)
     plan.save(tmp_path / "plan.safetensors")
@@ -147,7 +141,7 @@ def test_plans_survive_saving_and_applying_twice(pruner, name, tmp_path):
 def test_kept_sets_nest(pruner):
     if pruner.__name__ in NOT_NESTED:
         pytest.skip(NOT_NESTED[pruner.__name__])
-    model, x, y = build("residual")
+    model, x, y = make("residual")
     last = None
     for sparsity in (0.0, 0.13, 0.5, 0.5005, 0.77, 0.9, 0.99):
         masks = fit(pruner(sparsity), model, x, y).masks
@@ -158,7 +152,7 @@ def test_kept_sets_nest(pruner):
 
 @every_pruner
 def test_the_same_arguments_give_the_same_plan(pruner):
-    model, x, y = build("residual")
+    model, x, y = make("residual")
     first = fit(pruner(0.5), model, x, y)
     torch.rand(3)
     second = fit(pruner(0.5), copy.deepcopy(model), x, y)
@@ -167,7 +161,7 @@ def test_the_same_arguments_give_the_same_plan(pruner):
 
 @every_pruner
 def test_sparsity_zero_changes_nothing(pruner):
-    model, x, y = build("cnn")
+    model, x, y = make("cnn")
     before = model(x)
     plan = fit(pruner(0.0), model, x, y)
     assert plan.sparsity() == 0
@@ -184,7 +178,7 @@ def test_sparsity_outside_its_range_is_refused(pruner, sparsity):
 
 @every_pruner
 def test_a_model_that_carries_masks_goes_on_from_them(pruner):
-    model, x, y = build("cnn")
+    model, x, y = make("cnn")
     torch.manual_seed(1)
     for module in (model[0], model[6]):
         torch_prune.random_unstructured(module, "weight", amount=0.3)
@@ -204,7 +198,7 @@ def test_a_model_that_carries_masks_goes_on_from_them(pruner):
 @every_pruner
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_cannot_be_ranked_are_named(pruner, value):
-    model, x, y = build("mlp")
+    model, x, y = make("mlp")
     with torch.no_grad():
         model[2].weight[3, 4] = value
     with pytest.raises(ValueError, match=r"'2\.weight' holds NaN or infinity"):
@@ -220,7 +214,7 @@ def test_a_model_without_prunable_layers_is_refused(pruner):
 
 @every_pruner
 def test_a_shared_weight_counts_once_and_is_masked_everywhere(pruner):
-    model, x, y = build("tied")
+    model, x, y = make("tied")
     plan = fit(pruner(0.5), model, x, y)
     assert list(plan.masks) == ["encode.weight", "head.weight"]
     plan.apply(model)
@@ -233,7 +227,7 @@ def test_a_shared_weight_counts_once_and_is_masked_everywhere(pruner):
 @every_pruner
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions(pruner, dtype):
-    model, x, y = build("mlp")
+    model, x, y = make("mlp")
     model, x = model.to(dtype), x.to(dtype)
     plan = fit(pruner(0.5), model, x, y)
     removed, total = counts(plan)
@@ -245,7 +239,7 @@ def test_other_precisions(pruner, dtype):
 
 @every_pruner
 def test_pruners_and_plans_can_be_pickled(pruner):
-    model, x, y = build("mlp")
+    model, x, y = make("mlp")
     first = pickle.loads(pickle.dumps(pruner(0.5)))
     plan = fit(first, model, x, y)
     again = pickle.loads(pickle.dumps(plan))
@@ -256,7 +250,7 @@ def test_pruners_and_plans_can_be_pickled(pruner):
 
 @every_pruner
 def test_layers_that_are_ignored_stay_dense(pruner):
-    model, x, y = build("mlp")
+    model, x, y = make("mlp")
     plan = pruner(0.5, ignore=("0", -1)).fit(model, data=[(x, y)], loss_fn=nn.functional.cross_entropy)
     assert list(plan.masks) == ["2.weight"]
     assert counts(plan) == (72, 144)
@@ -264,7 +258,7 @@ def test_layers_that_are_ignored_stay_dense(pruner):
 
 @every_pruner
 def test_channels_last_weights_are_pruned_like_any_others(pruner):
-    model, x, y = build("cnn")
+    model, x, y = make("cnn")
     plan = fit(pruner(0.6), model, x, y)
     other = fit(pruner(0.6), copy.deepcopy(model).to(memory_format=torch.channels_last), x, y)
     agree = sum(int((other.masks[k] == mask).sum()) for k, mask in plan.masks.items())
@@ -274,7 +268,7 @@ def test_channels_last_weights_are_pruned_like_any_others(pruner):
 
 @every_pruner
 def test_frozen_weights_can_be_pruned_and_stay_frozen(pruner):
-    model, x, y = build("mlp")
+    model, x, y = make("mlp")
     model.requires_grad_(False)
     plan = fit(pruner(0.5), model, x, y)
     assert counts(plan)[0] == round(0.5 * counts(plan)[1])
@@ -284,7 +278,7 @@ def test_frozen_weights_can_be_pruned_and_stay_frozen(pruner):
 
 @every_pruner
 def test_fit_works_under_no_grad(pruner):
-    model, x, y = build("mlp")
+    model, x, y = make("mlp")
     with torch.no_grad():
         plan = fit(pruner(0.5), model, x, y)
     assert counts(plan)[0] == round(0.5 * counts(plan)[1])
@@ -292,7 +286,7 @@ def test_fit_works_under_no_grad(pruner):
 
 @every_pruner
 def test_pruning_in_rounds_reaches_the_target_and_never_revives(pruner):
-    model, x, y = build("cnn")
+    model, x, y = make("cnn")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     seen: list[Tensor] = []
 

@@ -289,20 +289,19 @@ def stolen() -> nn.Module:
 @pytest.mark.parametrize("worst", [False, True])
 @pytest.mark.parametrize("name", [*ZOO, "in place", "borrowed", "stolen"])
 def test_curves_are_those_of_plain_passes(name, worst):
-    if name == "vit":
-        pytest.importorskip("transformers")
     if name in ZOO:
         model, x, _ = make(name)
     else:
         torch.manual_seed(0)
         model, x = {"in place": InPlace, "borrowed": Borrowed, "stolen": stolen}[name](), torch.randn(8, 6)
     grid = 4
+    model, x = model.double(), x.double()  # the smallest distortions are below the rounding of float32 outputs
     batches = list(x.split(3))
     plan = RDPruner(0.5, grid=grid, distortion="worst" if worst else "mean").fit(model, batches)
     expected = by_hand(model, x, grid, worst=worst)
     assert plan.curves.shape == (len(plan.masks), grid + 1)
     assert plan.grid.tolist() == [0, 0.25, 0.5, 0.75, 1]
-    np.testing.assert_allclose(plan.curves, expected, rtol=2e-4, atol=1e-12)
+    np.testing.assert_allclose(plan.curves, expected, rtol=1e-9, atol=1e-15)
     assert (plan.curves[:, 0] == 0).all()
 
 

@@ -354,7 +354,7 @@ def test_attention_sees_its_masked_output_layer_after_every_step():
     torch.testing.assert_close(model(x), out)
 
 
-@pytest.mark.parametrize("name", [n for n in ZOO if n != "vit"])
+@pytest.mark.parametrize("name", ZOO)
 def test_masked_models_can_be_copied_after_a_training_step(name):
     model, x, y = make(name)
     RandomPruner(0.5).fit(model).apply(model)

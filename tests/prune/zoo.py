@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -86,6 +87,36 @@ class Transformer(nn.Module):
         return self.vit(pixel_values=x).logits
 
 
+class HierarchicalTransformer(nn.Module):
+    """A small Swin of the transformers library: two stages, shifted windows, a merging of patches between them."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        from transformers import SwinConfig, SwinForImageClassification
+
+        config = SwinConfig(
+            image_size=8, patch_size=1, num_channels=1, embed_dim=8, depths=[2, 1], num_heads=[2, 2], window_size=4, mlp_ratio=2.0,
+            num_labels=classes,
+        )  # fmt: skip
+        self.swin = SwinForImageClassification(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.swin(pixel_values=x).logits
+
+
+def vgg() -> nn.Module:
+    """As Simonyan and Zisserman's VGG-16 with batch norm: stages of convolutions, pooled after each, three linear layers."""
+    layers: list[nn.Module] = []
+    channels = 1
+    for stage, width in ((2, 6), (2, 8), (3, 10)):
+        for _ in range(stage):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    head = [nn.Linear(10, 12), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(12, 12), nn.ReLU(inplace=True), nn.Linear(12, 4)]
+    return nn.Sequential(*layers, nn.Flatten(), *head)
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4))
 
@@ -111,15 +142,19 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "cnn": (cnn, IMAGE),
     "residual": (Residual, IMAGE),
     "mobile": (mobile, IMAGE),
+    "vgg": (vgg, IMAGE),
     "lstm": (Recurrent, SEQUENCE),
     "attention": (Attention, (5, 8)),
     "tied": (Tied, VECTOR),
     "vit": (Transformer, IMAGE),
+    "swin": (HierarchicalTransformer, IMAGE),
 }
 
 
 def make(name: str, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
-    """A model, eight inputs and their labels."""
+    """A model, eight inputs and their labels; skips the test where the library that has the model is missing."""
+    if name in ("vit", "swin"):
+        pytest.importorskip("transformers")
     torch.manual_seed(seed)
     factory, shape = ZOO[name]
     return factory(), torch.randn(8, *shape), torch.randint(4, (8,))
