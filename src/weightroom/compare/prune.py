@@ -95,7 +95,8 @@ def _arm(task: Task, method: Method, options: Options) -> Arm:
         if isinstance(pruner, prune.TrainTimePruner):
             wrapped = pruner.wrap(model, sample_inputs(task)[:1].to(trial.device))
             train_by_recipe(
-                task, trial, wrapped, **train, passed=wrapped.advance, step=lambda net, batch: task.loss(net(batch[0]), batch[1]) + wrapped.aux_loss(),
+                task, trial, wrapped, **train, passed=wrapped.advance,
+                step=lambda net, batch: task.loss(net(batch[0]), batch[1]) + wrapped.aux_loss(),
                 optimizer=lambda _: task.recipe.make(wrapped.param_groups()),
             )  # fmt: skip
             model = wrapped

@@ -30,6 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from weightroom.diagnostics.base import batches, masks_of, plain_copy
 from weightroom.errors import UsageError, unknown
 from weightroom.metrics import device_of
+from weightroom.train import gathering_statistics
 
 __all__ = ["LMCResult", "linear_mode_connectivity"]
 
@@ -131,21 +132,13 @@ def _between(a: nn.Module, b: nn.Module, k: int, n: int) -> nn.Module:
 
 
 def _recompute_batchnorm(nets: Sequence[nn.Module], loader: Iterable[Any], device: torch.device) -> None:
-    layers = [m for net in nets for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    if not layers:
+    if not any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in nets[0].modules()):
         return
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.train()
-    seen = 0
-    for x, *_ in _feed(nets, loader, device):
-        seen += len(x)
-        for layer in layers:
-            layer.momentum = len(x) / seen  # the running mean is that of all samples so far
-        for net in nets:
-            net(x)
-    for layer in layers:
-        layer.eval()
+    with gathering_statistics(*nets) as count:
+        for x, *_ in _feed(nets, loader, device):
+            count(len(x))
+            for net in nets:
+                net(x)
 
 
 def _values(nets: Sequence[nn.Module], loader: Iterable[Any], device: torch.device, metric: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Adapting, reparametrising, matching and merging the weights of a model."""
 
+from weightroom.train import reestimate_batchnorm
 from weightroom.weights.bone import BoneConfig, BoneLinear, adapter_state_dict, bone, load_adapter, merge_, unmerge_
 from weightroom.weights.learngene import (
     StageSharedEncoder,
@@ -9,7 +10,7 @@ from weightroom.weights.learngene import (
     learngene_expand,
 )
 from weightroom.weights.permutation import PermutationSpec, apply_permutation
-from weightroom.weights.robust_signatures import RobustWeightSignature, apply_, patch, reestimate_batchnorm, remove_
+from weightroom.weights.robust_signatures import RobustWeightSignature, apply_, patch, remove_
 from weightroom.weights.weight_compander import WeightCompander, compand, compand_param_groups, fold
 from weightroom.weights.weight_matching import (
     alignment_score,

@@ -39,9 +39,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from weightroom.errors import UsageError, check_range, unknown
-from weightroom.metrics import device_of
+from weightroom.train import reestimate_batchnorm
 
-__all__ = ["RobustWeightSignature", "apply_", "patch", "reestimate_batchnorm", "remove_"]
+__all__ = ["RobustWeightSignature", "apply_", "patch", "remove_"]
 
 Mode = Literal["linear", "log", "tanh"]
 Weights = Mapping[str, Tensor] | nn.Module
@@ -508,53 +508,6 @@ def patch(
             _take_off(model, given, alphas)
             for name, tensor in _batchnorm_tensors(model).items():
                 tensor.copy_(before[name])
-
-
-@torch.no_grad()
-def reestimate_batchnorm(model: Model, loader: Iterable[Any]) -> Model:
-    """Sets the running statistics of every batch norm to their mean over ``loader``, each sample counted once; returns the model.
-
-    Only the batch-norm layers are in training mode for the pass; then every module's mode, momentum and count of batches is as
-    it was. A model without running statistics is left alone.
-
-    Args:
-        model: changed in place.
-        loader: batches: tensors (N, ...), or tuples that begin with one; moved to the model's device. N >= 2 where a batch norm
-            sees one value per sample and channel.
-
-    Raises:
-        ValueError: ``loader`` gives no batch.
-    """
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    if not layers:
-        return model
-    modes = [(module, module.training) for module in model.modules()]
-    kept = [(m, m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in layers]
-    device = device_of(model)
-    seen = 0
-    try:
-        model.eval()
-        for layer in layers:
-            layer.train()
-        for batch in loader:
-            inputs = (batch[0] if isinstance(batch, list | tuple) else batch).to(device)
-            if seen == 0:
-                for layer in layers:
-                    layer.reset_running_stats()
-            seen += len(inputs)
-            for layer in layers:
-                layer.momentum = len(inputs) / seen  # b / (n + b): the running mean is that of all samples so far
-            model(inputs)
-    finally:
-        for layer, momentum, batches in kept:
-            layer.momentum = momentum
-            if batches is not None:
-                layer.num_batches_tracked.copy_(batches)  # type: ignore[union-attr]
-        for module, training in modes:
-            module.training = training
-    if seen == 0:
-        raise UsageError("loader gave no batch")
-    return model
 
 
 def _take_off(model: nn.Module, given: list[RobustWeightSignature] | None, alphas: list[float] | None) -> _Record:

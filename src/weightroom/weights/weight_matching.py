@@ -46,7 +46,6 @@ from torch.utils.data import DataLoader
 from weightroom import metrics, train
 from weightroom.errors import UsageError, check_range, unknown
 from weightroom.weights.permutation import PermutationSpec, apply_permutation, checked, identity, moved
-from weightroom.weights.robust_signatures import reestimate_batchnorm
 
 __all__ = [
     "alignment_score",
@@ -496,7 +495,7 @@ def _batches(loader: Iterable[Any], model: nn.Module) -> Iterator[tuple[Tensor, 
 def _mean_loss(probe: nn.Module, state: State, loader: Iterable[Any], loss_fn: Loss, reset: Iterable[Any] | None = None) -> float:
     probe.load_state_dict(state)
     if reset is not None:
-        reestimate_batchnorm(probe, reset)
+        train.reestimate_batchnorm(probe, reset)
     probe.eval()
     return _average((len(x), loss_fn(probe(x), y)) for x, y in _batches(loader, probe))
 

@@ -1,0 +1,87 @@
+"""The running statistics of batch norm, estimated anew: needed wherever weights change without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from weightroom.errors import UsageError
+from weightroom.metrics import device_of
+
+__all__ = ["gathering_statistics", "reestimate_batchnorm"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@torch.no_grad()
+def reestimate_batchnorm(model: Model, loader: Iterable[Any]) -> Model:
+    """Sets the running statistics of every batch norm to their mean over ``loader``, each sample counted once; returns the model.
+
+    Only the batch-norm layers are in training mode for the pass; then every module's mode, momentum and count of batches is as
+    it was. A model without running statistics is left alone.
+
+    Args:
+        model: changed in place.
+        loader: batches: tensors (N, ...), or tuples that begin with one; moved to the model's device. N >= 2 where a batch norm
+            sees one value per sample and channel.
+
+    Raises:
+        ValueError: ``loader`` gives no batch.
+    """
+    if not _layers(model):
+        return model
+    device = device_of(model)
+    seen = False
+    with gathering_statistics(model) as count:
+        for batch in loader:
+            inputs = (batch[0] if isinstance(batch, list | tuple) else batch).to(device)
+            count(len(inputs))
+            model(inputs)
+            seen = True
+    if not seen:
+        raise UsageError("loader gave no batch")
+    return model
+
+
+@contextmanager
+def gathering_statistics(*models: nn.Module) -> Iterator[Callable[[int], None]]:
+    """For the block the models evaluate, except that their batch norms use each batch's statistics and gather them.
+
+    Gives a function to be called with the size of each batch before it is passed; from its first call on, the running statistics
+    are the mean over the batches seen, by size. At the end every module's mode, momentum and count of batches is as it was.
+    """
+    layers = [layer for model in models for layer in _layers(model)]
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    kept = [(m, m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in layers]
+    seen = 0
+
+    def count(samples: int) -> None:
+        nonlocal seen
+        for layer in layers:
+            if seen == 0:
+                layer.reset_running_stats()
+            layer.momentum = samples / (seen + samples)  # the running mean is that of all samples so far
+        seen += samples
+
+    try:
+        for model in models:
+            model.eval()
+        for layer in layers:
+            layer.train()
+        yield count
+    finally:
+        for layer, momentum, batches in kept:
+            layer.momentum = momentum
+            if batches is not None:
+                layer.num_batches_tracked.copy_(batches)  # type: ignore[union-attr]
+        for module, training in modes:
+            module.training = training
+
+
+def _layers(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
