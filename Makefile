@@ -39,6 +39,7 @@ verdicts: $(READY)
 
 verdicts-real: $(READY)
 	$(BIN)/weightroom verdicts --record --scale real
+	$(BIN)/python -m weightroom.record_verdicts .
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

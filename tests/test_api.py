@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 import weightroom as wr
 from weightroom import api, record_verdicts
-from weightroom.errors import UsageError
+from weightroom.errors import MissingDataError, UsageError
 from weightroom.losses import LDRKLLoss
 from weightroom.optim import LionK
 from weightroom.weights import BoneConfig, bone
@@ -168,6 +168,57 @@ def test_a_record_keeps_what_a_reader_needs(tmp_path, monkeypatch):
     assert found["n_trials"] > 0
     assert found["seeds"]
     assert {"torch", "python", "weightroom", "date"} <= set(found["environment"])
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_at_real_scale_papers_without_data_are_skipped(tmp_path, monkeypatch, capsys, named):
+    monkeypatch.setattr(api, "RECORDS", tmp_path)
+    if named:
+        monkeypatch.setenv("WEIGHTROOM_DATA", str(tmp_path))
+    else:
+        monkeypatch.delenv("WEIGHTROOM_DATA", raising=False)
+    assert record_verdicts.record([], "real", store=tmp_path / "runs") == 0
+    said = capsys.readouterr().err
+    own = [p.key for p in wr.papers() if p.real]
+    assert [line.split()[1] for line in said.splitlines() if line.startswith("checking")] == own
+    state = f"it is {tmp_path}, which has no folder of that name" if named else "it is not set"
+    for key in own:
+        assert (
+            f"skipped {key}: the data of {key} at scale real is not there: WEIGHTROOM_DATA must name a folder that holds cifar10-jpg; {state}"
+        ) in said
+    assert not (tmp_path / "real.json").exists()
+
+
+def test_one_paper_without_its_data_is_an_error(monkeypatch):
+    monkeypatch.delenv("WEIGHTROOM_DATA", raising=False)
+    with pytest.raises(MissingDataError, match="WEIGHTROOM_DATA must name a folder that holds cifar10-jpg"):
+        wr.check("dimap", scale="real")
+
+
+def test_only_a_real_study_is_recorded_as_one():
+    with pytest.raises(
+        UsageError, match=r"lion-k has no study of its own at scale real.*these have one: dimap, global-magnitude"
+    ):
+        record_verdicts.record(["lion-k"], "real")
+
+
+def test_pages_show_what_is_recorded_at_real_scale(tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "RECORDS", tmp_path)
+    assert "On real images" not in record_verdicts.readme_table()
+    assert "at real scale" not in record_verdicts.claims_page()
+    expectation = {
+        "statement": "it helps", "verdict": "holds", "difference": 0.5, "interval": [0.25, 0.75], "n": 3, "setting": "0.9",
+    }  # fmt: skip
+    environment = {"torch": "2", "python": "3.11", "date": "2026-01-01 00:00:00"}
+    record = {"dimap": {"expectations": [expectation], "n_trials": 7, "environment": environment}}
+    (tmp_path / "real.json").write_text(json.dumps({"scale": "real", "papers": record}))
+    small, real = record_verdicts.readme_table().split("On real images")
+    assert "| not recorded" in small
+    assert real.count("arxiv.org") == 1
+    assert "| 1 | 0 | 0 |" in real
+    page = record_verdicts.claims_page()
+    assert "## dimap, at real scale\n\n7 trials" in page
+    assert "| it helps (at 0.9) | ✓ holds | 0.5 [0.25, 0.75] | 3 |" in page
 
 
 @pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="not in a checkout")

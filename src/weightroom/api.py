@@ -22,7 +22,8 @@ from weightroom import papers as papers_package
 from weightroom import tasks as tasks_package
 from weightroom.compare import FAMILIES
 from weightroom.compare.base import Family, Method, Options
-from weightroom.errors import UsageError, unknown
+from weightroom.data import data_root
+from weightroom.errors import MissingDataError, UsageError, unknown
 from weightroom.metrics import check_device
 from weightroom.papers.base import Paper
 from weightroom.study import Results, Scale, Study, Task, Verdict
@@ -232,9 +233,12 @@ def check(
 
     Raises:
         UsageError: no paper of that key, no such scale.
+        MissingDataError: scale "real", and ``WEIGHTROOM_DATA`` does not hold what the paper's study reads.
     """
     _check_how(how)
     chosen, scale = paper(key), Scale.of(scale)
+    if scale is Scale.REAL:
+        _check_data(chosen)
     if report is not None:
         check_report(report)
     made = _module(key).study(scale)
@@ -252,6 +256,17 @@ def check(
     if report is not None:
         done.report(report)
     return done
+
+
+def _check_data(paper: Paper) -> None:
+    root = data_root()
+    missing = [name for name in paper.real if root is None or not (root / name).is_dir()]
+    if missing:
+        state = "it is not set" if root is None else f"it is {root}, which has no folder of that name"
+        raise MissingDataError(
+            f"the data of {paper.key} at scale real is not there: WEIGHTROOM_DATA must name a folder that holds "
+            f"{', '.join(missing)}; {state}"
+        )
 
 
 @functools.cache

@@ -12,7 +12,16 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
-__all__ = ["MissingExtraError", "StoreError", "TaskError", "UsageError", "WeightroomError", "check_range", "unknown"]
+__all__ = [
+    "MissingDataError",
+    "MissingExtraError",
+    "StoreError",
+    "TaskError",
+    "UsageError",
+    "WeightroomError",
+    "check_range",
+    "unknown",
+]
 
 #: Names that an error lists at the most.
 SHOWN = 16
@@ -28,6 +37,10 @@ class UsageError(WeightroomError, ValueError):
 
 class TaskError(WeightroomError):
     """A task cannot be loaded or does not fit together (model, data, loss, metrics)."""
+
+
+class MissingDataError(TaskError):
+    """Real data that is asked for is not there."""
 
 
 class StoreError(WeightroomError):

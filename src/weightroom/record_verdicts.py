@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from weightroom import api
+from weightroom.errors import MissingDataError, UsageError
 from weightroom.papers.base import Paper
 from weightroom.study import Scale
 
@@ -21,13 +22,21 @@ _SIGN = {"holds": "✓ holds", "fails": "✗ fails", "inconclusive": "? inconclu
 def record(keys: Sequence[str], scale: str, **how: Any) -> int:
     """Checks the papers (all without ``keys``) and writes what was found; returns the number of failed trials.
 
-    Each paper is written as soon as it is done, so that an interruption loses nothing that was finished.
+    Each paper is written as soon as it is done, so that an interruption loses nothing that was finished. At scale "real" only
+    papers that have a study of their own there can be recorded, and those whose data is absent are skipped, which is said.
+
+    Raises:
+        UsageError: a paper of ``keys`` has no study of its own at scale "real".
     """
     path = api.RECORDS / f"{Scale.of(scale).value}.json"
     failed = 0
-    for key in keys or [p.key for p in api.papers()]:
+    for key in _recordable(keys, Scale.of(scale)):
         print(f"checking {key}", file=sys.stderr)
-        done = api.check(key, scale=scale, **how)
+        try:
+            done = api.check(key, scale=scale, **how)
+        except MissingDataError as error:
+            print(f"skipped {key}: {error}", file=sys.stderr)
+            continue
         failed += done.failed
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"scale": scale, "papers": {}}
         whole = done.as_dict()
@@ -42,25 +51,49 @@ def record(keys: Sequence[str], scale: str, **how: Any) -> int:
     return failed
 
 
+def _recordable(keys: Sequence[str], scale: Scale) -> list[str]:
+    if scale is not Scale.REAL:
+        return list(keys) or [p.key for p in api.papers()]
+    own = [p.key for p in api.papers() if p.real]
+    for key in keys:
+        if not api.paper(key).real:
+            raise UsageError(
+                f"{key} has no study of its own at scale real, there it is as small; these have one: {', '.join(own)}"
+            )
+    return list(keys) or own
+
+
 def readme_table() -> str:
-    """Returns the README's table, as Markdown: a line per paper, with the number of its claims that hold, fail or stay open."""
-    found = api.recorded("small")
+    """Returns the README's tables, as Markdown: a line per paper, with the number of its claims that hold, fail or stay open.
+
+    A second table follows where verdicts are recorded at scale "real".
+    """
+    real = api.recorded("real")
+    lines = _counts(api.papers(), api.recorded("small"))
+    if real:
+        lines += ["", "On real images (`weightroom check KEY --scale real`, with `WEIGHTROOM_DATA` set):", ""]
+        lines += _counts([p for p in api.papers() if p.key in real], real)
+    return "\n".join(lines)
+
+
+def _counts(papers: Sequence[Paper], found: Mapping[str, Any]) -> list[str]:
     lines = [
         "| paper | parts | what it claims | claims that hold | fail | inconclusive |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for paper in api.papers():
+    for paper in papers:
         words = [e["verdict"] for e in found.get(paper.key, {"expectations": []})["expectations"]]
         counts = " | ".join(str(words.count(word)) for word in _SIGN) if words else "not recorded | |"
         parts = ", ".join(f"`{name.removeprefix('weightroom.')}`" for name in paper.names()[:2]) + (
             ", ..." if len(paper.parts) > 2 else ""
         )
         lines.append(f"| {_link(paper)} | {parts} | {_cell(paper.claim)} | {counts} |")
-    return "\n".join(lines)
+    return lines
 
 
 def claims_page() -> str:
-    """Returns a page with every claim and its verdict, as Markdown."""
+    """Returns a page with every claim and its verdict, as Markdown; those at scale "real" follow where they are recorded."""
+    small, real = api.recorded("small"), api.recorded("real")
     lines = [
         "# Every claim and its verdict, at small scale", "",
         "Made by `make verdicts`. A difference is the mean improvement over the other arm, paired by seed, in the metric's own unit;",
@@ -68,23 +101,33 @@ def claims_page() -> str:
         "study; where a claim is about every single trial, the range of the values is shown instead.",
     ]  # fmt: skip
     for paper in api.papers():
-        record = api.recorded("small").get(paper.key)
         lines += ["", f"## {paper.key}: {paper.title}", "", f"{_link(paper)}. {paper.limits}", ""]
-        if record is None:
-            lines.append("Not recorded yet.")
-            continue
-        environment = record["environment"]
+        lines += _verdicts(small[paper.key]) if paper.key in small else ["Not recorded yet."]
+    if real:
         lines += [
-            f"{record['n_trials']} trials, torch {environment['torch']}, Python {environment['python']}, {environment['date'][:10]}.", "",
-            "| claim | verdict | difference or value | n |", "| --- | --- | --- | --- |",
+            "", "# Every claim and its verdict, at real scale", "",
+            "The same claims on real images, with a small network and tens of minutes on two cores for each paper; read in the same way.",
+            "Made by `make verdicts-real`, with `WEIGHTROOM_DATA` set.",
         ]  # fmt: skip
-        for e in record["expectations"]:
-            low, high = e["interval"]
-            spread = f" [{low:.3g}, {high:.3g}]" if low is not None and high is not None else ""
-            value = "" if e["difference"] is None else f"{e['difference']:.3g}{spread}"
-            where = f" (at {e['setting']})" if e["setting"] and e["setting"] not in e["statement"] else ""
-            lines.append(f"| {_cell(e['statement'] + where)} | {_SIGN[e['verdict']]} | {value} | {e['n']} |")
+    for paper in api.papers():
+        if paper.key in real:
+            lines += ["", f"## {paper.key}, at real scale", "", *_verdicts(real[paper.key])]
     return "\n".join(lines) + "\n"
+
+
+def _verdicts(record: Mapping[str, Any]) -> list[str]:
+    environment = record["environment"]
+    lines = [
+        f"{record['n_trials']} trials, torch {environment['torch']}, Python {environment['python']}, {environment['date'][:10]}.", "",
+        "| claim | verdict | difference or value | n |", "| --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for e in record["expectations"]:
+        low, high = e["interval"]
+        spread = f" [{low:.3g}, {high:.3g}]" if low is not None and high is not None else ""
+        value = "" if e["difference"] is None else f"{e['difference']:.3g}{spread}"
+        where = f" (at {e['setting']})" if e["setting"] and e["setting"] not in e["statement"] else ""
+        lines.append(f"| {_cell(e['statement'] + where)} | {_SIGN[e['verdict']]} | {value} | {e['n']} |")
+    return lines
 
 
 def update_docs(root: Path) -> None:

@@ -83,7 +83,7 @@ def test_claims_are_about_settings_that_are_run(scale):
 
 
 def test_at_real_scale_one_cut_of_a_residual_network(monkeypatch):
-    monkeypatch.setattr(joint_layerwise.tasks, "cifar10", joint_layerwise._perceptron)
+    monkeypatch.setattr(joint_layerwise, "_small_resnet", joint_layerwise._perceptron)
     (study,) = joint_layerwise.study(Scale.REAL)
     assert study.name == "joint-layerwise: at once"
     assert {"dense", "global", "LAMP", "ERK", "uniform", "random", "random, retrained", "RD"} <= set(study.arms)

@@ -72,7 +72,7 @@ def test_without_photographs_the_study_says_what_it_leaves_out(monkeypatch):
 
     monkeypatch.setattr(paper.tasks, "cifar10", missing, raising=False)
     with pytest.warns(UserWarning, match="leaves out .* the photographs are not there"):
-        (only,) = paper.study(Scale.REAL)
+        (only,) = paper.study(Scale.FULL)
     assert "the photographs are not there" in only.notes["left out"]
 
 
@@ -81,9 +81,9 @@ def test_residual_networks_run_where_there_are_photographs(monkeypatch, tmp_path
         return tasks.digits("cnn", epochs=epochs)
 
     monkeypatch.setattr(paper.tasks, "cifar10", small, raising=False)
-    monkeypatch.setattr(paper, "ResNet", lambda blocks, width: ResNet(1, 10, blocks=blocks[:2], width=width // 4))
+    monkeypatch.setattr(paper, "ResNet", lambda blocks, width: ResNet(1, 10, blocks=(1, 1), width=width // 32))
     monkeypatch.setattr(paper, "_SAMPLES", 200)
-    digits, photographs = paper.study(Scale.REAL)
+    digits, photographs = paper.study(Scale.FULL)
     assert photographs.name != digits.name
     arm = photographs.arms["straight-through"]
     given = {**arm.run.keywords, "epochs": 1}

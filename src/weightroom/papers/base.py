@@ -34,6 +34,8 @@ class Paper:
         methods: name -> ``Method``: what it adds to the arms of its family.
         also: family -> name -> ``Method``: what it adds to the arms of further families.
         code: where the authors' code is, as "owner/name" on GitHub.
+        real: the folders under ``WEIGHTROOM_DATA`` that its study at scale "real" reads; empty where it has no study of its own
+            at that scale, which then is as "small".
     """
 
     key: str
@@ -51,6 +53,7 @@ class Paper:
     methods: Mapping[str, Method] = field(default_factory=dict)
     also: Mapping[str, Mapping[str, Method]] = field(default_factory=dict)
     code: str | None = None
+    real: tuple[str, ...] = ()
 
     def methods_of(self, family: str) -> dict[str, Method]:
         """What it adds to the arms of ``family``."""

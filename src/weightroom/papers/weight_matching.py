@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from weightroom import data, tasks, train
 from weightroom.compare.base import Method
 from weightroom.compare.merge import Trained
 from weightroom.errors import TaskError
-from weightroom.nets.small import ResNet
+from weightroom.nets.small import MLP, ResNet
 from weightroom.papers.base import Paper
 from weightroom.study import Arm, Claim, Expect, Scale, Study, Task, Trial
 from weightroom.weights import (
@@ -84,6 +84,7 @@ PAPER = Paper(
     venue="ICLR",
     arxiv="2402.04051",
     code="samuela/git-re-basin",
+    real=("cifar10-jpg",),
     summary="Permutes the hidden units of networks trained from different seeds so that they can be averaged, and measures why that "
     "works.",
     claim="Weight matching removes the barrier between two networks though it shortens their distance little: it aligns the singular "
@@ -109,6 +110,8 @@ PAPER = Paper(
 Find = Callable[..., Mapping[str, Tensor]]
 #: How many training samples a loss is taken on, at the most.
 _SAMPLES = 4000
+#: At real scale: training images of the perceptrons and of the residual networks, and epochs of both.
+_IMAGES, _RESIDUAL_IMAGES, _EPOCHS = 5000, 2500, 15
 
 
 def _none(
@@ -207,11 +210,14 @@ _METRICS: dict[str, Any] = {
 _NONE, _RANDOM, _WM, _STE = "no permutation", "random permutation", "weight matching", "straight-through"
 
 
-def _study(scale: Scale, name: str, make_task: Callable[[], Task], epochs: int, passes: int, select: bool, **how: Any) -> Study:
+def _study(
+    scale: Scale, name: str, make_task: Callable[[], Task], epochs: int, passes: int, select: bool, *,
+    starts: Sequence[Literal["a", "b"]] = ("b", "a"), **how: Any,
+) -> Study:  # fmt: skip
     finds: dict[str, Find] = {_NONE: _none, _RANDOM: _random, _WM: _weights}
     arms = {arm: Arm(partial(_run, find=find, make_task=make_task, epochs=epochs)) for arm, find in finds.items()}
-    starts: dict[str, Literal["a", "b"]] = {_STE: "b", f"{_STE} from a": "a"}
-    for arm, init in starts.items():
+    for init in starts:
+        arm = _STE if init == "b" else f"{_STE} from a"
         find = partial(_straight, init=init, passes=passes, select=select)
         arms[arm] = Arm(partial(_run, find=find, make_task=make_task, epochs=epochs), {"lr": 0.1}, cites=(_REBASIN,))
     return Study(
@@ -228,14 +234,8 @@ def _photographs(width: int, blocks: int, epochs: int) -> Task:
     return tasks.cifar10(epochs=epochs).with_(name="cifar10, ResNet", model=partial(ResNet, blocks=(blocks,) * 3, width=width))
 
 
-def study(scale: Scale) -> list[Study]:
-    """Triples of networks a, b, c: b and c are matched to a.
-
-    ``barrier`` is that between a and b, ``barrier_bc`` that between b and c, both on training data; ``barrier_cut`` is the share
-    that is gone, ``rise_difference`` how much more R_0.3 has risen than R_0, ``taylor_error`` how far the quadratic estimate is
-    from the barrier, as a share of it, and ``merged_accuracy`` that of the mean of all three.
-    """
-    claims = [
+def _perceptron_claims() -> list[Claim]:
+    return [
         Claim("Weight matching takes away more than 80 % of the barrier", Expect(_WM, "barrier_cut").within(low=0.8)),
         Claim("Meanwhile the distance falls by less than 40 %", Expect(_WM, "l2_reduction").within(high=0.4)),
         Claim(
@@ -265,10 +265,61 @@ def study(scale: Scale) -> list[Study]:
             for arm in (_NONE, _WM)
         ),
     ]
+
+
+def _residual_claims() -> list[Claim]:
+    return [
+        Claim("Weight matching lowers the barrier of residual networks", Expect(_WM).better_than(_NONE)),
+        Claim("Meanwhile their distance falls by less than 20 %", Expect(_WM, "l2_reduction").within(high=0.2)),
+        Claim("A random permutation takes away nothing of it", Expect(_RANDOM, "barrier_cut").within(high=0.1)),
+        Claim(
+            "Between two matched to a third one it is lower after weight matching",
+            Expect(_WM, "barrier_bc").better_than(_STE),
+        ),
+    ]
+
+
+def _on_photographs() -> list[Study]:
+    """Both kinds of networks on a part of CIFAR-10, small enough for tens of minutes."""
+    task = tasks.cifar10(epochs=_EPOCHS)
+    perceptrons = task.with_(model=partial(MLP, (3072, 128, 128, 10))).spoil(samples=_IMAGES)
+    residual = task.with_(model=partial(ResNet, width=8)).spoil(samples=_RESIDUAL_IMAGES)
+    return [
+        _study(
+            Scale.REAL, "perceptrons on photographs", lambda: perceptrons, _EPOCHS, passes=10, select=True, expect=_perceptron_claims(),
+            seeds=range(100, 103), max_seeds=5,
+            notes={
+                "networks": f"perceptrons 3072-128-128-10, {_EPOCHS} epochs by the task's recipe; other initial weights and batches each",
+                "data": f"{perceptrons.name}; barriers on at most {_SAMPLES} of those, 11 points",
+                "straight-through": "Adam 0.1 on the latent weights, batches of 256, 10 epochs; the loss at the midpoint chooses",
+            },
+        ),
+        _study(
+            Scale.REAL, "residual networks on photographs", lambda: residual, _EPOCHS, passes=5, select=False, starts=("b",),
+            expect=_residual_claims(), seeds=range(100, 103), max_seeds=3,
+            notes={
+                "networks": f"3 stages of a block, 8 channels in the first; {_EPOCHS} epochs by the task's recipe",
+                "data": f"{residual.name}; barriers on those, 11 points",
+                "statistics": "of batch norm are re-estimated on these images at every point",
+            },
+        ),
+    ]  # fmt: skip
+
+
+def study(scale: Scale) -> list[Study]:
+    """Triples of networks a, b, c: b and c are matched to a.
+
+    ``barrier`` is that between a and b, ``barrier_bc`` that between b and c, both on training data; ``barrier_cut`` is the share
+    that is gone, ``rise_difference`` how much more R_0.3 has risen than R_0, ``taylor_error`` how far the quadratic estimate is
+    from the barrier, as a share of it, and ``merged_accuracy`` that of the mean of all three. At real scale all networks are trained on
+    photographs.
+    """
+    if scale is Scale.REAL:
+        return _on_photographs()
     epochs = scale.pick(2, 25, 25)
     studies = [
         _study(
-            scale, "perceptrons on digits", _digits, epochs, passes=epochs, select=True, expect=claims,
+            scale, "perceptrons on digits", _digits, epochs, passes=epochs, select=True, expect=_perceptron_claims(),
             seeds=scale.pick(range(1), range(100, 105), range(100, 105)), max_seeds=scale.pick(1, 15, 15),
             notes={
                 "networks": f"perceptrons 64-64-64-10, Adam 1e-3, {epochs} epochs, batches of 64; other initial weights and batches each",
@@ -278,8 +329,8 @@ def study(scale: Scale) -> list[Study]:
             },
         )
     ]  # fmt: skip
-    if scale in (Scale.REAL, Scale.FULL):
-        width, blocks, epochs = (16, 1, 6) if scale is Scale.REAL else (128, 3, 100)
+    if scale is Scale.FULL:
+        width, blocks, epochs = 128, 3, 100
         try:
             make_task = partial(_photographs, width, blocks, epochs)
             make_task()
@@ -290,15 +341,7 @@ def study(scale: Scale) -> list[Study]:
             studies.append(
                 _study(
                     scale, "residual networks on photographs", make_task, epochs, passes=5, select=False,
-                    expect=[
-                        Claim("Weight matching lowers the barrier of residual networks", Expect(_WM).better_than(_NONE)),
-                        Claim("Meanwhile their distance falls by less than 20 %", Expect(_WM, "l2_reduction").within(high=0.2)),
-                        Claim("A random permutation takes away nothing of it", Expect(_RANDOM, "barrier_cut").within(high=0.1)),
-                        Claim(
-                            "Between two matched to a third one it is lower after weight matching",
-                            Expect(_WM, "barrier_bc").better_than(_STE),
-                        ),
-                    ],
+                    expect=_residual_claims(),
                     seeds=range(100, 103),
                     notes={
                         "networks": f"3 stages of {blocks} blocks, {width} channels in the first; {epochs} epochs by the task's recipe",
