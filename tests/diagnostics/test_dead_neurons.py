@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.prune.zoo import make
 from weightroom.diagnostics import dead_neuron_rate
+from weightroom.metrics import copy_model
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +209,25 @@ def test_all_kinds_of_data_give_the_same():
 def test_masked_models_can_be_measured():
     model, x, _ = make("mlp")
     nn.utils.prune.random_unstructured(model[0], "weight", 0.5)
-    assert 0 < dead_neuron_rate(model, x).total < 1
+    with torch.no_grad():
+        model[0].weight_orig.neg_()  # a pass computes the masked weight anew
+    plain = copy_model(model)
+    nn.utils.prune.remove(plain[0], "weight")
+    model(x)
+    weight = model[0].weight
+    assert dead_neuron_rate(model, x) == dead_neuron_rate(plain, x)
+    assert model[0].weight is weight
+    assert model[0].weight.abs().sum().requires_grad
+
+
+def test_a_network_that_diverged_is_neither_silent_nor_alive():
+    model, x, _ = make("mlp")
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    for unit in ("element", "channel"):
+        with pytest.raises(ValueError, match="the output of '1' holds NaN"):
+            dead_neuron_rate(model, x, unit=unit)
+    assert dead_neuron_rate(nn.ReLU(), torch.tensor([[1.0], [float("inf")], [-1.0]])).total == 1 / 3
 
 
 def test_channels_of_maps_of_several_sizes():
@@ -230,10 +249,22 @@ def test_errors():
         dead_neuron_rate(model, [{"x": x}])
     with pytest.raises(ValueError, match=r"no layer of type ReLU, ReLU6 was called.*GELU"):
         dead_neuron_rate(nn.Sequential(nn.Linear(6, 2), nn.GELU()), x)
-    with pytest.warns(DeprecationWarning, match="jit"), pytest.raises(ValueError, match="scripted"):
-        dead_neuron_rate(torch.jit.trace(model, x), x)
     with pytest.raises(ValueError, match=r"'1' has shape \(48,\): its first axis must be the 8 inputs"):
         dead_neuron_rate(nn.Sequential(nn.Flatten(0), nn.ReLU()), x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("hide", [lambda part, x: torch.jit.script(part), torch.jit.trace])
+def test_scripted_and_traced_parts_are_refused(hide):
+    x = torch.randn(4, 5)
+    hidden = hide(nn.Sequential(nn.Linear(5, 5), nn.ReLU()), x)
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), hidden).train()
+    with pytest.raises(ValueError, match="'2' is scripted or traced"):
+        dead_neuron_rate(model, x)
+    assert model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model[:2].modules())
+    with pytest.raises(ValueError, match="'the model' is scripted"):
+        dead_neuron_rate(hidden, x)
 
 
 def test_hooks_are_gone_after_an_error():

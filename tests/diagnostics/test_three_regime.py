@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from weightroom.diagnostics import (
 )
 from weightroom.diagnostics.base import masks_of, plain_copy
 from weightroom.diagnostics.connectivity import _between, _result
-from weightroom.diagnostics.three_regime import prune_uniformly, retraining_seed
+from weightroom.diagnostics.three_regime import _error, prune_uniformly, retraining_seed
 from weightroom.metrics import copy_model
 
 N = 90
@@ -196,7 +197,8 @@ def test_sparse_interpolation_keeps_zeros(pair):
         for name, mask in masks_of(a).items():
             assert not state[name][~mask].any()
             assert state[name][mask].all()
-    assert linear_mode_connectivity(a, b, loader()).barrier < 1
+    found = linear_mode_connectivity(a, b, loader(), bn="keep")
+    assert list(found.values) == [error(_between(x, y, k, 10)) for k in range(11)]
 
 
 def test_different_masks_are_refused_unless_asked_for():
@@ -259,23 +261,134 @@ def test_dense_predictions_count_every_pixel():
     assert found.values[0] == pytest.approx(float((model(x).argmax(1) != y).double().mean()))
 
 
-class Viewing(nn.Module):
-    """Flattens by a view, which features with their channels last do not allow."""
+class Reading(nn.Module):
+    """A convolution whose features are read in one of several ways; keeps whether they had their channels last."""
 
-    def __init__(self):
+    layouts: ClassVar[list[bool]] = []
+
+    def __init__(self, read, features):
         super().__init__()
-        self.conv, self.head = nn.Conv2d(1, 8, 3), nn.Linear(128, 3)
+        self.conv, self.head, self.read = nn.Conv2d(1, 8, 3), nn.Linear(features, 3), read
 
     def forward(self, x):
         h = self.conv(x)
-        return self.head(h.view(len(h), -1))
+        self.layouts.append(not h.is_contiguous())
+        return F.log_softmax(self.head(self.read(h)), dim=1)
 
 
-def test_networks_that_view_their_features():
+@pytest.mark.parametrize(
+    ("read", "features", "last"),
+    [
+        (lambda h: h.flatten(1), 128, True),
+        (lambda h: h.view(len(h), -1), 128, False),  # fails with channels last
+        (lambda h: h.view(len(h) * 8, 1, 4, 4).reshape(-1, 128), 128, False),  # the same, but not for one sample
+        (lambda h: F.adaptive_avg_pool2d(h, 1).squeeze(), 8, True),  # fails for one sample
+    ],
+)
+def test_features_have_their_channels_last_where_the_network_can_read_them(read, features, last):
     torch.manual_seed(0)
-    a, b = fit(Viewing()), fit(Viewing())
+    a, b = fit(Reading(read, features)), fit(Reading(read, features))
+    Reading.layouts.clear()
     found = linear_mode_connectivity(a, b, loader())
+    assert set(Reading.layouts[-11:]) == {last}
     assert (found.values[0], found.values[-1]) == (error(a), error(b))
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self, tie=True):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(36, 36), nn.Linear(36, 36), nn.Linear(36, 3)
+        if tie:
+            self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.head(torch.relu(self.second(torch.relu(self.first(x.flatten(1))))))
+
+
+def test_a_weight_that_layers_share_is_moved_once():
+    torch.manual_seed(0)
+    a, b = Tied(), Tied()
+    for k in range(5):
+        net = _between(a, b, k, 4)
+        assert net.first.weight is net.second.weight
+        torch.testing.assert_close(net.first.weight, (1 - k / 4) * a.first.weight + k / 4 * b.first.weight)
+    x, y = images()
+    middle = copy.deepcopy(a)
+    with torch.no_grad():
+        for p, q in zip(middle.parameters(), b.parameters(), strict=True):
+            p.copy_((p + q) / 2)
+        loss = float(F.cross_entropy(middle(x), y))
+    found = linear_mode_connectivity(a, b, loader(), points=3, metric="loss")
+    assert found.values[1] == pytest.approx(loss, abs=1e-6)
+    with pytest.raises(ValueError, match=r"'second\.weight' is shared with 'first\.weight' in the first"):
+        linear_mode_connectivity(a, Tied(tie=False), loader())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("metric", ["error", "loss"])
+def test_a_network_that_diverged_is_named(pair, metric, value):
+    a, broken = pair[0], copy.deepcopy(pair[0])
+    nn.init.constant_(broken[6].bias, value)
+    with pytest.raises(ValueError, match="outputs of the first model are not finite"):
+        linear_mode_connectivity(broken, a, loader(), metric=metric)
+    with pytest.raises(ValueError, match="outputs of the second model are not finite"):
+        linear_mode_connectivity(a, broken, loader(), metric=metric)
+    with pytest.raises(ValueError, match="not finite"):
+        measure_regime([a, broken], loader())
+
+
+class Gap(nn.Module):
+    """Scores (x, -x), except that they are NaN for weights around 0."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(w))
+
+    def forward(self, x):
+        return torch.stack([x, -x], 1) + torch.where(self.w.abs() < 0.5, math.nan, 0.0)
+
+
+def test_what_is_not_finite_between_the_ends_is_missed():
+    batch = [(torch.tensor([1.0, 2.0, -1.0, 3.0]), torch.zeros(4, dtype=torch.long))]
+    found = linear_mode_connectivity(Gap(-1.0), Gap(1.0), batch, points=3)
+    assert list(found.values) == [0.25, 1.0, 0.25]
+    assert (found.lmc, found.barrier) == (-0.75, 0.75)
+    found = linear_mode_connectivity(Gap(-1.0), Gap(1.0), batch, points=3, metric="loss")
+    assert found.values[1] == math.inf
+    assert np.isfinite(found.values[[0, 2]]).all()
+    assert (found.lmc, found.barrier) == (-math.inf, math.inf)
+
+
+def test_a_class_may_be_excluded_by_minus_infinity(pair):
+    class Excluding(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).index_fill(1, torch.tensor([2]), -math.inf)
+
+    x, y = images()
+    a, b = (Excluding(*copy.deepcopy(m)) for m in pair)
+    kept = TensorDataset(x[y < 2], y[y < 2])
+    assert np.isfinite(linear_mode_connectivity(a, b, DataLoader(kept, 32), metric="loss").values).all()
+    assert (linear_mode_connectivity(a, b, loader()).values < 1).all()
+    with pytest.raises(ValueError, match="first model are not finite"):  # the loss of a target that is excluded
+        linear_mode_connectivity(a, b, loader(), metric="loss")
+
+
+def test_ignored_targets_are_left_out():
+    torch.manual_seed(0)
+    model = nn.Conv2d(1, 3, 1)
+    x, y = torch.randn(4, 1, 5, 5), torch.randint(3, (4, 5, 5))
+    y[:, :2] = -100
+    y[3] = -100
+    x[3] = math.nan  # what is said of it does not count either
+    batches = [(x[:1], y[:1]), (x[1:], y[1:])]
+    loss = linear_mode_connectivity(model, model, batches, metric="loss").values
+    assert loss[0] == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-6)
+    missed = (model(x).argmax(1) != y)[y != -100]
+    assert linear_mode_connectivity(model, model, batches).values[0] == pytest.approx(float(missed.double().mean()))
+    with pytest.raises(ValueError, match="all are -100"):
+        linear_mode_connectivity(model, model, [(x, torch.full_like(y, -100))])
 
 
 def test_models_are_left_alone():
@@ -379,7 +492,34 @@ def test_cka_flattens_features():
     assert linear_cka(X, Y) == pytest.approx(linear_cka(X.flatten(1), Y[:, None]))
 
 
-@pytest.mark.parametrize("constant", [torch.full((50, 3), 0.1), torch.zeros(50, 3), torch.eye(3)[0].expand(50, 3)])
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+@pytest.mark.parametrize("debiased", [False, True])
+def test_cka_of_many_samples_far_from_zero(offset, debiased):
+    torch.manual_seed(0)
+    X = torch.randn(200_000, 3) + offset
+    Y = (X - offset) @ torch.randn(3, 4) + torch.randn(200_000, 4)
+    a, b = (Z.double() - Z.double().mean(0) for Z in (X, Y))
+    expected = float((a.T @ b).norm() ** 2 / ((a.T @ a).norm() * (b.T @ b).norm()))
+    assert linear_cka(X, Y, debiased=debiased) == pytest.approx(expected, abs=1e-4 if debiased else 1e-10)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("debiased", [False, True])
+def test_cka_of_what_is_not_finite_is_not_defined(value, debiased):
+    torch.manual_seed(0)
+    X, Y = torch.randn(20, 3), torch.randn(20, 2)
+    Y[4, 1] = value
+    with pytest.warns(UserWarning, match="Y holds values that are not finite"):
+        assert math.isnan(linear_cka(X, Y, debiased=debiased))
+    with pytest.warns(UserWarning, match="X holds values that are not finite"):
+        assert math.isnan(linear_cka(Y, X, debiased=debiased))
+
+
+#: The same but for the last bit of float32.
+ROUNDED = torch.tensor([0.1, 0.1 + 2**-27]).repeat(25)[:, None].expand(50, 3)
+
+
+@pytest.mark.parametrize("constant", [torch.full((50, 3), 0.1), torch.zeros(50, 3), torch.eye(3)[0].expand(50, 3), ROUNDED])
 @pytest.mark.parametrize("debiased", [False, True])
 def test_constant_outputs_are_not_similar_to_anything(constant, debiased):
     X = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
@@ -542,6 +682,15 @@ def test_the_study_stops_one_training_early_and_takes_any_pruner():
     assert len(result.report(1, 0.6).lmcs) == 2 * 3
 
 
+def test_the_test_error_counts_what_is_not_finite_and_leaves_out_what_is_ignored(pair):
+    x, y = images()
+    assert _error(pair[0], loader()) == error(pair[0])
+    diverged = copy.deepcopy(pair[0])
+    nn.init.constant_(diverged[6].bias, math.nan)
+    assert _error(diverged, loader()) == 1
+    assert _error(pair[0], [(torch.cat([x, x]), torch.cat([y, torch.full_like(y, -100)]))]) == error(pair[0])
+
+
 def test_uniform_pruning_keeps_the_largest_of_every_layer():
     model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
     prune_uniformly(model, 0.25)
@@ -551,6 +700,33 @@ def test_uniform_pruning_keeps_the_largest_of_every_layer():
         assert layer.weight_orig[kept].abs().min() >= layer.weight_orig[~kept].abs().max()
     with pytest.raises(ValueError, match="give a pruner"):
         prune_uniformly(nn.ReLU(), 0.5)
+
+
+def test_uniform_pruning_leaves_every_layer_a_weight():
+    model = nn.Conv2d(1, 2, 3)
+    largest = model.weight.detach().abs().argmax()
+    prune_uniformly(model, 0.02)
+    assert model.weight_mask.flatten().nonzero().flatten().tolist() == [largest]
+
+
+@pytest.mark.parametrize(("before", "density"), [(0.9, 0.8), (0.5, 0.4), (0.5, 0.5), (0.5, 0.001)])
+def test_uniform_pruning_counts_what_is_masked_already(before, density):
+    model = nn.Linear(10, 10)
+    torch_prune.random_unstructured(model, "weight", 1 - before)
+    first = model.weight_mask.bool()
+    prune_uniformly(model, density)
+    kept = model.weight_mask.bool()
+    assert kept.sum() == max(1, round(100 * density))
+    assert not (kept & ~first).any()
+    if kept.sum() < first.sum():
+        assert model.weight_orig[kept].abs().min() >= model.weight_orig[first & ~kept].abs().max()
+
+
+def test_uniform_pruning_does_not_bring_weights_back():
+    model = nn.Linear(10, 10)
+    prune_uniformly(model, 0.5)
+    with pytest.raises(ValueError, match=r"density 0\.6 is 60 of the 100 weights of a layer, but masks leave only 50"):
+        prune_uniformly(model, 0.6)
 
 
 @pytest.mark.parametrize(

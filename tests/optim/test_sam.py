@@ -163,6 +163,19 @@ def test_state_dict_holds_the_momentum_of_the_base_and_nothing_more():
     assert torch.equal(other.base.state[model[0].weight]["momentum_buffer"], optimizer.state[model[0].weight]["momentum_buffer"])
 
 
+def test_a_state_dict_of_the_base_alone_can_be_loaded():
+    model, x, y = problem()
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "rho": 0.3, "adaptive": True}]
+    plain = torch.optim.SGD([{"params": list(model[i].parameters())} for i in (0, 2)], lr=0.2, momentum=0.9)
+    plain.step(closure_of(plain, lambda: F.cross_entropy(model(x), y)))
+    optimizer = SAM(groups, rho=0.1, lr=1.0)
+    optimizer.load_state_dict(plain.state_dict())
+    assert [(g["rho"], g["adaptive"], g["lr"]) for g in optimizer.param_groups] == [(0.1, False, 0.2), (0.3, True, 0.2)]
+    assert torch.equal(optimizer.state[model[0].weight]["momentum_buffer"], plain.state[model[0].weight]["momentum_buffer"])
+    optimizer.step(closure_of(optimizer, lambda: F.cross_entropy(model(x), y)))
+    assert optimizer.base.param_groups is optimizer.param_groups
+
+
 def test_added_groups_get_the_defaults_of_both():
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = SAM([a], rho=0.1, lr=0.2, momentum=0.9)

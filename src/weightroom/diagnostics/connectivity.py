@@ -16,6 +16,7 @@ et al., "Taxonomizing local versus global structure in neural network loss lands
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ __all__ = ["LMCResult", "linear_mode_connectivity"]
 
 #: Differences of errors below this are rounding, not rank.
 ROUNDING = 1e-12
+#: Targets that ``F.cross_entropy`` leaves out.
+IGNORED = -100
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +81,8 @@ def linear_mode_connectivity(
         loader: batches (inputs, targets, ...) of the training data, as often as it is iterated over.
         points: of the even grid on [0, 1], both ends among them.
         metric: "error", the share of targets (N, ...) missed by the largest of the outputs (N, K, ...), or "loss", their mean
-            cross-entropy.
+            cross-entropy. Targets of -100 are left out of both. Between the ends a target whose scores hold NaN or inf counts as
+            missed, its loss as infinite.
         bn: "recompute" estimates the statistics of every batch norm anew at each point, ends included, as the mean over the
             batches by their size (each of two samples or more where a batch norm sees one value per sample and channel); "keep"
             interpolates them like weights.
@@ -88,8 +92,10 @@ def linear_mode_connectivity(
         The points, their values, the LMC and the barrier.
 
     Raises:
-        ValueError: the networks differ in a tensor or its shape, or in their masks; ``points`` < 2; ``metric`` or ``bn`` is
-            unknown; ``loader`` is empty, or is so at the second pass; the outputs are no scores of two or more classes.
+        ValueError: the networks differ in a tensor or its shape, in which tensors they share among layers, or in their masks;
+            ``points`` < 2; ``metric`` or ``bn`` is unknown; ``loader`` is empty, is so at the second pass, or has no target but
+            -100; the outputs are no scores of two or more classes; those of ``model_a`` or ``model_b`` are not finite: a network
+            that diverged has no error that says anything about the line.
     """
     if points < 2 or points != int(points):
         raise UsageError(f"points must be an integer >= 2, got {points}")
@@ -99,13 +105,18 @@ def linear_mode_connectivity(
         raise unknown("bn", bn, ("recompute", "keep"))
     device = device_of(model_a)
     a, b = plain_copy(model_a), plain_copy(model_b).to(device)
-    _check_alike(a.state_dict(), b.state_dict())
+    _check_alike(a, b)
     if not allow_different_masks:
         _check_masks(model_a, model_b, a, b)
-    nets = [_between(a, b, k, int(points) - 1) for k in range(int(points))]
+    n = int(points) - 1
+    nets = [a, *(_between(a, b, k, n) for k in range(1, n)), b]
     if bn == "recompute":
         _recompute_batchnorm(nets, loader, device)
-    return _result(_values(nets, loader, device, metric))
+    values, finite = _values(nets, loader, device, metric)
+    for k, which in ((0, "first"), (-1, "second")):
+        if not finite[k]:
+            raise UsageError(f"the outputs of the {which} model are not finite: did it diverge?")
+    return _result(values)
 
 
 def _result(e: np.ndarray) -> LMCResult:
@@ -119,14 +130,14 @@ def _result(e: np.ndarray) -> LMCResult:
 def _between(a: nn.Module, b: nn.Module, k: int, n: int) -> nn.Module:
     """The network at t = k / n; what is not a floating-point number is that of the nearer end."""
     net = deepcopy(a)
-    theirs = b.state_dict()
-    for key, at in net.state_dict().items():
-        x, y = at.clone(), theirs[key]
+    ours, theirs = a.state_dict(), b.state_dict()
+    for key, at in net.state_dict().items():  # a tensor that layers share comes once for each, with the same result
+        x, y = ours[key], theirs[key]
         if not (x.is_floating_point() or x.is_complex()):
             at.copy_(x if 2 * k <= n else y)
         elif 2 * k == n:
             at.copy_((x + y) / 2)
-        else:  # from the nearer end: exact at both, and the same numbers if a and b change places
+        else:  # from the nearer end: the same numbers if a and b change places
             at.copy_(torch.add(x, y - x, alpha=k / n) if 2 * k < n else torch.add(y, x - y, alpha=(n - k) / n))
     return net
 
@@ -141,12 +152,18 @@ def _recompute_batchnorm(nets: Sequence[nn.Module], loader: Iterable[Any], devic
                 net(x)
 
 
-def _values(nets: Sequence[nn.Module], loader: Iterable[Any], device: torch.device, metric: str) -> np.ndarray:
-    sums, count = [], 0
+def _values(nets: Sequence[nn.Module], loader: Iterable[Any], device: torch.device, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """The error or loss of each network, and whether it was finite in all that it said of the targets that count."""
+    sums, finite, counts = [], [], []
     for x, y, *_ in _feed(nets, loader, device):
-        sums.append(torch.stack([_sum(net(x), y, metric) for net in nets]))
-        count += y.numel()
-    return torch.stack(sums).cpu().double().sum(0).numpy() / count
+        found = [_score(net(x), y, metric) for net in nets]
+        sums.append(torch.stack([value for value, _ in found]))
+        finite.append(torch.stack([well for _, well in found]))
+        counts.append(torch.count_nonzero(y != IGNORED))
+    count = int(torch.stack(counts).sum())
+    if not count:
+        raise UsageError(f"loader gave no target that counts: all are {IGNORED}")
+    return torch.stack(sums).cpu().double().sum(0).numpy() / count, torch.stack(finite).all(0).cpu().numpy()
 
 
 def _feed(nets: Sequence[nn.Module], loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
@@ -155,8 +172,8 @@ def _feed(nets: Sequence[nn.Module], loader: Iterable[Any], device: torch.device
     for batch in batches(loader, device):
         if first and batch[0].ndim == 4:
             try:
-                _channels_last(deepcopy(nets[0]).eval())(batch[0][:1])
-            except RuntimeError:  # a view of features that lie in another order
+                _channels_last(deepcopy(nets[0]).eval())(batch[0])
+            except Exception:  # a view of features that lie in another order, most likely
                 pass
             else:
                 for net in nets:
@@ -169,20 +186,37 @@ def _channels_last(net: nn.Module) -> nn.Module:
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _sum(outputs: Tensor, targets: Tensor, metric: str) -> Tensor:
+def _score(outputs: Tensor, targets: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """The sum of errors or losses of a batch, and whether all scores behind it are finite."""
     if outputs.ndim < 2 or outputs.shape[1] < 2:
         raise UsageError(f"the outputs must be scores (N, K, ...) of K >= 2 classes, got shape {tuple(outputs.shape)}")
     if metric == "error":
-        return torch.count_nonzero(outputs.argmax(1) != targets)
-    return F.cross_entropy(outputs.float(), targets, reduction="sum")
+        best, at = outputs.max(1)  # NaN or inf if one of the scores is; -inf excludes a class
+        counts, well = targets != IGNORED, best.isfinite()
+        return torch.count_nonzero(counts & ((at != targets) | ~well)), (well | ~counts).all()
+    loss = F.cross_entropy(outputs.float(), targets, reduction="sum", ignore_index=IGNORED)
+    return loss.nan_to_num(nan=math.inf, posinf=math.inf), loss.isfinite()
 
 
-def _check_alike(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    for key in [*a, *b]:
-        if key not in a or key not in b:
-            raise UsageError(f"the models differ: the {'second' if key in a else 'first'} has no {key!r}")
-        if a[key].shape != b[key].shape:
-            raise UsageError(f"the models differ: {key!r} has shapes {tuple(a[key].shape)} and {tuple(b[key].shape)}")
+def _check_alike(a: nn.Module, b: nn.Module) -> None:
+    x, y = a.state_dict(keep_vars=True), b.state_dict(keep_vars=True)
+    for key in [*x, *y]:
+        if key not in x or key not in y:
+            raise UsageError(f"the models differ: the {'second' if key in x else 'first'} has no {key!r}")
+        if x[key].shape != y[key].shape:
+            raise UsageError(f"the models differ: {key!r} has shapes {tuple(x[key].shape)} and {tuple(y[key].shape)}")
+    shared_a, shared_b = _shared(x), _shared(y)
+    for key in x:
+        if shared_a[key] != shared_b[key]:
+            raise UsageError(
+                f"the models differ: {key!r} is shared with {shared_a[key]!r} in the first, {shared_b[key]!r} in the second"
+            )
+
+
+def _shared(state: dict[str, Tensor]) -> dict[str, str]:
+    """Each tensor's name -> the first name of that tensor."""
+    first: dict[int, str] = {}
+    return {key: first.setdefault(id(tensor), key) for key, tensor in state.items()}
 
 
 def _check_masks(model_a: nn.Module, model_b: nn.Module, a: nn.Module, b: nn.Module) -> None:

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
+from torch.utils.hooks import RemovableHandle
 
 from weightroom.errors import unknown
-from weightroom.metrics import device_of
+from weightroom.metrics import device_of, evaluating
 from weightroom.train import Batches
 
 __all__ = ["DeadNeuronReport", "LayerDeadNeurons", "dead_neuron_rate"]
@@ -105,25 +106,23 @@ def dead_neuron_rate(
         The rates of the network and of each layer.
 
     Raises:
-        ValueError: there is no input; no layer of the types was called (a scripted or compiled model hides its calls); an
-            output's first axis is not the batch; or a layer's shape changes from batch to batch (use "channel").
+        ValueError: there is no input; a part of the model is scripted or traced, which hides its calls; no layer of the types was
+            called; an output holds NaN or its first axis is not the batch; or a layer's shape changes from batch to batch (use
+            "channel").
         TypeError: a batch holds no tensor.
     """
     if unit not in ("element", "channel"):
         raise unknown("unit", str(unit), ("element", "channel"))
     watch = _Watch(model, tuple(layers), all_layers, channel_dim if unit == "channel" else None)
     device = device_of(model)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), watch:  # a loader draws from the global state
+        watch.register()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(model), watch:  # a loader draws from the global state
             for inputs in _inputs(data):
                 watch.begin(len(inputs))
                 model(inputs.to(device))
     finally:
         watch.remove()
-        for module, training in modes:
-            module.training = training
     return watch.report()
 
 
@@ -144,9 +143,11 @@ class _Tally:
 
     def __init__(self, zero: Tensor) -> None:
         self.inputs, self.zeros, self.silent = 0, torch.zeros((), dtype=torch.int64, device=zero.device), torch.ones_like(zero[0])
+        self.nan = torch.zeros((), dtype=torch.bool, device=zero.device)
 
-    def add(self, zero: Tensor) -> None:
+    def add(self, zero: Tensor, nan: Tensor) -> None:
         self.inputs += len(zero)
+        self.nan |= nan
         self.zeros += torch.count_nonzero(zero)
         self.silent &= zero.all(0)
 
@@ -159,10 +160,16 @@ class _Watch(TorchFunctionMode):
         self.layers, self.all_layers, self.channel_dim = layers, all_layers, channel_dim
         self.functions = {f for kind, functions in _FUNCTIONS.items() if issubclass(kind, layers) for f in functions}
         self.names = {module: name for name, module in model.named_modules()}
+        self.hooks: list[RemovableHandle] = []
         self.stack: list[nn.Module] = []
         self.rows, self.calls, self.tallies = 0, Counter[str](), dict[str, _Tally]()
-        self.hooks = [m.register_forward_pre_hook(self._enter) for m in model.modules()]
-        self.hooks += [m.register_forward_hook(self._leave) for m in model.modules()]
+
+    def register(self) -> None:
+        for module, name in self.names.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise ValueError(f"{name or 'the model'!r} is scripted or traced, which hides its calls: give the eager module")
+            self.hooks.append(module.register_forward_pre_hook(self._enter))
+            self.hooks.append(module.register_forward_hook(self._leave))
 
     def begin(self, rows: int) -> None:
         """A pass over so many inputs is about to start."""
@@ -209,7 +216,7 @@ class _Watch(TorchFunctionMode):
                 f"the output of {name!r} has shape {tuple(output.shape[1:])} in one batch and {tuple(tally.silent.shape)} in another: "
                 "its units cannot be followed, use unit='channel'"
             )
-        tally.add(zero)
+        tally.add(zero, output.isnan().any())
 
     def report(self) -> DeadNeuronReport:
         if not self.rows:
@@ -217,10 +224,12 @@ class _Watch(TorchFunctionMode):
         if not self.tallies:
             raise ValueError(
                 f"no layer of type {', '.join(kind.__name__ for kind in self.layers)} was called, as a module or as a function: GELU and "
-                "other activations have no dead units, clamp(min=0) is not counted, and a scripted or compiled model hides its calls"
+                "other activations have no dead units, clamp(min=0) is not counted, and a compiled model hides its calls"
             )
         per_layer, sums = {}, [0, 0, 0]
         for name, tally in self.tallies.items():
+            if tally.nan:
+                raise ValueError(f"the output of {name!r} holds NaN, which is neither silent nor alive: did the model diverge?")
             units, n, zeros, silent = tally.silent.numel(), tally.inputs, int(tally.zeros), int(torch.count_nonzero(tally.silent))
             per_layer[name] = LayerDeadNeurons(units, *_rates(units * n, silent * n, zeros))
             sums = [a + b for a, b in zip(sums, (units * n, silent * n, zeros), strict=True)]

@@ -37,17 +37,17 @@ CHUNK = 2**24
 def linear_cka(X: Tensor, Y: Tensor, *, debiased: bool = False) -> float:
     """Returns the linear CKA of two representations of the same samples.
 
-    Computed from features or from samples, whichever are fewer, in chunks of samples: beside X and Y it holds matrices of
-    features x features, or chunks of those of samples x samples.
+    Computed from features or from samples, whichever are fewer, in float64 (float32 on MPS, which has no more) and in chunks of
+    samples: beside X and Y it holds matrices of features x features, or chunks of those of samples x samples.
 
     Args:
-        X: shape (n_samples, ...), the rest being the features; float32 or more, or computed in float32.
+        X: shape (n_samples, ...), the rest being the features; of any real dtype.
         Y: shape (n_samples, ...); the features may be others, and other in number.
         debiased: with the unbiased estimates of HSIC, about 0 for independent data; may be below 0. Needs 4 samples.
 
     Returns:
-        The CKA; in [0, 1] unless debiased. NaN, with a warning, where it is not defined: X or Y is the same for all samples, or an
-        unbiased estimate of its own variance is not positive.
+        The CKA; in [0, 1] unless debiased. NaN, with a warning, where it is not defined: X or Y holds NaN or inf, is the same for
+        all samples, or an unbiased estimate of its own variance is not positive.
 
     Raises:
         ValueError: X and Y have different numbers of samples, or too few.
@@ -57,9 +57,11 @@ def linear_cka(X: Tensor, Y: Tensor, *, debiased: bool = False) -> float:
     least = 4 if debiased else 1
     if len(X) < least:
         raise UsageError(f"CKA needs at least {least} samples{' when debiased' * debiased}, got {len(X)}")
-    dtype = torch.promote_types(torch.promote_types(X.dtype, Y.dtype), torch.float32)
-    a, b = (_Centred(Z.detach().to(dtype).flatten(1) if Z.ndim > 1 else Z.detach().to(dtype)[:, None]) for Z in (X, Y))
+    a, b = (_Centred(Z.detach().flatten(1) if Z.ndim > 1 else Z.detach()[:, None]) for Z in (X, Y))
     for name, z in (("X", a), ("Y", b)):
+        if not z.finite:
+            warnings.warn(f"CKA is not defined: {name} holds values that are not finite", stacklevel=3)
+            return math.nan
         if z.constant:
             warnings.warn(f"CKA is not defined: {name} is the same for all samples", stacklevel=3)
             return math.nan
@@ -86,7 +88,7 @@ def output_cka(model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any], *,
             as ``named_modules`` has it: its output, with all but the samples flattened.
 
     Returns:
-        The CKA; NaN, with a warning, where the outputs of a network are the same for all samples.
+        The CKA; NaN, with a warning, where the outputs of a network are the same for all samples, or not finite.
 
     Raises:
         ValueError: ``on`` is neither of these, the module does not run exactly once or gives no tensor, or ``loader`` is empty.
@@ -123,19 +125,24 @@ class _Reader:
 
 
 class _Centred:
-    """Samples x features, scaled to at most 1 in size, with the mean of each feature taken off."""
+    """Samples x features with the mean of each feature taken off, scaled to about 1 in size."""
 
     def __init__(self, z: Tensor) -> None:
-        self.z, self.n, self.p = z, len(z), z.shape[1]
-        self.scale = z.abs().amax().clamp_min(torch.finfo(z.dtype).tiny) if z.numel() else z.new_ones(())
-        self.mean = z.mean(0) / self.scale
-        self.squares = torch.cat([self.rows(i).square().sum(1) for i in _slices(self.n, self.p)])
-        varies, size = float(self.squares.sum()), self.n * float(self.mean.square().sum())
+        self.z = z.to(torch.promote_types(z.dtype, torch.float32))
+        self.n, self.p = z.shape
+        self.dtype = torch.float32 if z.device.type == "mps" else torch.float64
+        scale = self.z.abs().amax() if z.numel() else self.z.new_ones(())
+        self.finite = bool(scale.isfinite())
+        self.scale = scale.to(self.dtype).clamp_min(torch.finfo(self.dtype).tiny)
+        slices = _slices(self.n, self.p)
+        self.mean = torch.stack([self.z[i].to(self.dtype).sum(0) for i in slices]).sum(0) / self.n
+        self.squares = torch.cat([self.rows(i).square().sum(1) for i in slices])
+        varies, size = float(self.squares.sum()), self.n * float((self.mean / self.scale).square().sum())
         #: What varies by less than rounding does not vary.
-        self.constant = math.sqrt(varies) <= 4 * torch.finfo(z.dtype).eps * math.sqrt(varies + size)
+        self.constant = math.sqrt(varies) <= 4 * torch.finfo(self.z.dtype).eps * math.sqrt(varies + size)
 
     def rows(self, i: slice) -> Tensor:
-        return self.z[i] / self.scale - self.mean
+        return (self.z[i].to(self.dtype) - self.mean) / self.scale
 
 
 def _slices(n: int, width: int) -> list[slice]:
@@ -147,7 +154,7 @@ def _hsic(a: _Centred, b: _Centred, debiased: bool) -> tuple[float, ...]:
     """<K, L>, <K, K> and <L, L> of the Gram matrices K = A A^T and L = B B^T, or their unbiased counterparts; up to a factor."""
     n, parts = a.n, _slices(a.n, max(a.p, b.p))
     if max(a.p, b.p) <= n:  # <K, L> = |A^T B|^2
-        products = [a.z.new_zeros(u.p, v.p) for u, v in ((a, b), (a, a), (b, b))]
+        products = [a.mean.new_zeros(u.p, v.p) for u, v in ((a, b), (a, a), (b, b))]
         for i in parts:
             x, y = a.rows(i), b.rows(i)
             for product, u, v in zip(products, (x, x, y), (y, x, y), strict=True):

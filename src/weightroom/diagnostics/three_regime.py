@@ -39,7 +39,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import prune as torch_prune
 
 from weightroom.diagnostics.base import batches, plain_copy
-from weightroom.diagnostics.connectivity import linear_mode_connectivity
+from weightroom.diagnostics.connectivity import _values, linear_mode_connectivity
 from weightroom.diagnostics.similarity import output_cka
 from weightroom.errors import UsageError, check_range
 from weightroom.metrics import copy_model, device_of
@@ -243,7 +243,7 @@ class ThreeRegimeStudy:
         seeds: of the dense networks.
         pruner: ``pruner(sparsity)`` returns a plan pruner: ``fit(model, data=..., example_inputs=..., loss_fn=...) -> plan`` with
             ``plan.apply(model)``. None is the paper's: of every convolution (of every linear layer in a network without any) the
-            same share, by magnitude.
+            same share, by magnitude, one weight of each at least.
         dense_fn: ``dense_fn(model, temperatures, seed)`` trains once and returns, or yields, one network for each of the
             temperatures in turn, to stop one training early at several of them; None trains each anew.
         retrainings: per dense network and density, >= 2; the paper has 3.
@@ -294,6 +294,9 @@ class ThreeRegimeStudy:
             train_loader: batches (inputs, targets) of the training data, without augmentation and in one order; to measure
                 connectivity and similarity, and for a pruner that looks at data.
             test_loader: batches of the test data.
+
+        Raises:
+            ValueError: a retrained network diverged; there is nothing to prune, or a network is already sparser than asked for.
         """
         import pandas as pd
 
@@ -353,19 +356,27 @@ def retraining_seed(seed: int, retraining: int) -> int:
 
 
 def prune_uniformly(model: nn.Module, density: float) -> None:
-    """Masks the smallest weights of every convolution, or of every linear layer where there is no convolution, in place."""
+    """Masks the smallest weights of every convolution, or of every linear layer where there is no convolution, in place.
+
+    ``density`` is the share that stays of all weights of a layer, one at least; what is already masked is among what goes.
+    """
     modules = list(model.modules())
     kind = _ConvNd if any(isinstance(m, _ConvNd) for m in modules) else nn.Linear
     layers: list[Any] = [m for m in modules if isinstance(m, kind)]
     if not layers:
         raise UsageError("the model has neither convolutions nor linear layers: give a pruner")
     for layer in layers:
-        removed = layer.weight.numel() - round(density * layer.weight.numel())
-        torch_prune.l1_unstructured(layer, "weight", amount=removed)
+        n = layer.weight.numel()
+        kept = max(1, round(density * n))
+        living = int(torch.count_nonzero(layer.weight_mask)) if hasattr(layer, "weight_mask") else n
+        if living < kept:
+            raise UsageError(
+                f"density {density:g} is {kept} of the {n} weights of a layer, but masks leave only {living} of them"
+            )
+        torch_prune.l1_unstructured(layer, "weight", amount=living - kept)
 
 
 @torch.no_grad()
 def _error(model: nn.Module, loader: Iterable[Any]) -> float:
-    plain = plain_copy(model)
-    missed = [(plain(x).argmax(1) != y).double() for x, y, *_ in batches(loader, device_of(plain))]
-    return float(torch.cat([m.flatten() for m in missed]).mean())
+    errors, _ = _values([plain_copy(model)], loader, device_of(model), "error")
+    return float(errors[0])

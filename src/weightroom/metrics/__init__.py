@@ -2,7 +2,7 @@
 
 from weightroom.metrics.basic import accuracy, balanced_accuracy, mae, minimised, mse, nll, r2, resolve, top5
 from weightroom.metrics.cost import latency, macs, nonzero_parameters
-from weightroom.metrics.evaluate import check_device, check_fit, copy_model, device_of, predict
+from weightroom.metrics.evaluate import check_device, check_fit, copy_model, device_of, evaluating, predict
 from weightroom.metrics.robust import robust_correct, tail_robust_accuracy
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "check_fit",
     "copy_model",
     "device_of",
+    "evaluating",
     "latency",
     "macs",
     "mae",

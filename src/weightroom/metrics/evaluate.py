@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
 from torch.utils.data import Dataset
 
 from weightroom.data import gather, in_memory
 from weightroom.errors import TaskError, UsageError
 from weightroom.metrics.basic import CLASSIFICATION
 
-__all__ = ["check_device", "check_fit", "copy_model", "device_of", "predict"]
+__all__ = ["check_device", "check_fit", "copy_model", "device_of", "evaluating", "predict"]
 
 #: Samples whose labels are looked at where reading them all would take long.
 SAMPLED = 2000
@@ -42,6 +44,25 @@ def copy_model(model: nn.Module) -> nn.Module:
     copy = deepcopy(model, memo)
     copy.zero_grad(set_to_none=True)
     return copy
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the block; then every module's mode, and the masked weights that a pass recomputes, are as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    values = [(m, hook._tensor_name, getattr(m, hook._tensor_name)) for m in model.modules() for hook in _mask_hooks(m)]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module, attribute, value in values:
+            setattr(module, attribute, value)
+
+
+def _mask_hooks(module: nn.Module) -> list[torch_prune.BasePruningMethod]:
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, torch_prune.BasePruningMethod)]
 
 
 def check_device(name: str) -> str:

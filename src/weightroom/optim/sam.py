@@ -52,7 +52,8 @@ class SAM(Optimizer):
 
     ``step(closure)`` calls the closure twice, at the weights and at the perturbed ones; each time it clears the gradients,
     computes the loss, and calls ``backward``. It returns the loss at the weights and leaves the gradients of the second call.
-    State and param groups are those of ``base``, so that ``state_dict`` holds its momentum and schedulers reach it.
+    State and param groups are those of ``base``, so that ``state_dict`` holds its momentum and schedulers reach it. A state dict
+    of ``base`` alone can be loaded too: each group then keeps its ``rho`` and ``adaptive``.
 
     Raises:
         ValueError: ``rho`` is out of range, or ``step`` gets no closure.
@@ -98,6 +99,9 @@ class SAM(Optimizer):
         return {**super().__getstate__(), "base": self.base}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        for group, present in zip(state["param_groups"], getattr(self, "param_groups", ()), strict=False):
+            group.setdefault("rho", present["rho"])
+            group.setdefault("adaptive", present["adaptive"])
         super().__setstate__(state)
         self.base.__setstate__({"state": self.state, "param_groups": self.param_groups})
         self._kept = {}

@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,7 +27,8 @@ from torch.nn.utils import prune as torch_prune
 from torch.nn.utils.rnn import PackedSequence
 
 from weightroom.errors import unknown
-from weightroom.metrics import copy_model
+from weightroom.metrics import copy_model, evaluating
+from weightroom.metrics.evaluate import _mask_hooks
 
 __all__ = ["Inputs", "LayerSparsity", "PruningPlan", "Site", "call", "evaluating", "sites"]
 
@@ -238,8 +238,11 @@ class PruningPlan:
 
         "shrink" (needs torch-pruning) leaves ``model`` alone and returns a plain, smaller copy with the masks made permanent,
         without (a) the plan's ``channels``, whatever they compute, and (b) every channel whose weights are all masked and
-        whose output is exactly zero where it is used, after norm and activation. Removing (b) changes no output. Channels of
-        the model's outputs stay, and at least one channel of every layer.
+        whose output is exactly zero where it is used, after norm and activation, on ``example_inputs`` and on random inputs of
+        the same shapes. Removing (b) changes no output but by rounding. Channels of the model's outputs stay, and at least one
+        channel of every layer; so do those that the code reorders (flip, channel shuffle) or mixes with others by anything but
+        layers (a softmax or a mean over channels): under (a) that is an error. A norm over channels is a layer: after (a) it
+        runs over those that are left.
 
         "rebuild" is "shrink" followed by every module's own ``reset_parameters``: the architecture of the plan with fresh
         weights under torch's global random state, for training from scratch. None of the old weights survives.
@@ -252,7 +255,8 @@ class PruningPlan:
         Raises:
             ValueError: the plan does not fit the model (the first tensor that differs is named), the mode is unknown, there
                 is no example input, or a channel cannot be cut out.
-            RuntimeError: torch-pruning cannot trace the model (a bidirectional LSTM, say).
+            RuntimeError: torch-pruning cannot trace the model: a bidirectional LSTM, say, or concatenations that it cannot number
+                (MONAI's ``UNet`` and ``BasicUNet``, as of torch-pruning 1.6.1).
             MissingExtraError: torch-pruning is not installed.
         """
         if mode not in ("mask", "shrink", "rebuild"):
@@ -403,25 +407,6 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     if isinstance(inputs, Tensor):
         return model(inputs)
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the block; then every module's mode, and the masked weights that a pass recomputes, are as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    values = [(m, hook._tensor_name, getattr(m, hook._tensor_name)) for m in model.modules() for hook in _mask_hooks(m)]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for module, attribute, value in values:
-            setattr(module, attribute, value)
-
-
-def _mask_hooks(module: nn.Module) -> list[torch_prune.BasePruningMethod]:
-    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, torch_prune.BasePruningMethod)]
 
 
 def _refresh_output_projection(attention: nn.Module, inputs: Any) -> None:
