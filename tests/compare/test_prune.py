@@ -105,7 +105,8 @@ class Half(WrappedModel):
     def report(self, loader):
         raise NotImplementedError
 
-    def macs(self):
+    def macs(self, *, gates, others):
+        assert gates and others
         return torch.full((self.rows,), 72)
 
 

@@ -126,7 +126,7 @@ def _macs_spent(task: Task, split: str, model: Any) -> float:
     dataset: Any = getattr(task, split)
     inputs = torch.stack([torch.as_tensor(dataset[i][0]) for i in range(min(512, len(dataset)))])
     model.eval()(inputs.to(metrics.device_of(model)))
-    return float(model.macs().double().mean())
+    return float(model.macs(gates=True, others=True).double().mean())
 
 
 def _deploy(task: Task, trial: Trial, model: nn.Module, options: Options) -> None:

@@ -2,7 +2,9 @@
 
 from weightroom.prune.allocation import allocate_dp
 from weightroom.prune.base import GradualPruning, PlanPruner, prune_gradually, sparsity_at, successive_sparsities
+from weightroom.prune.consensus_gates import ConsensusGatePruner, GateReport, PolarizationLoss
 from weightroom.prune.dimap import DIMAPPruner, distortion_importance
+from weightroom.prune.ftwt import DynamicConvBlock, DynamicMaskPruner, DynamicModel, MaskPredictor, MaskReport, mass_targets
 from weightroom.prune.global_magnitude import (
     ERKPruner,
     GlobalMagnitudePruner,
@@ -25,15 +27,23 @@ from weightroom.prune.wrapped import TrainTimePruner, WrappedModel
 __all__ = [
     "ActivateWhilePruning",
     "ActivationPlan",
+    "ConsensusGatePruner",
     "DIMAPPruner",
+    "DynamicConvBlock",
+    "DynamicMaskPruner",
+    "DynamicModel",
     "ERKPruner",
+    "GateReport",
     "GlobalMagnitudePruner",
     "GraSPPruner",
     "GradualPruning",
     "LAMPPruner",
     "LayerSparsity",
     "MFACPruner",
+    "MaskPredictor",
+    "MaskReport",
     "PlanPruner",
+    "PolarizationLoss",
     "PreCrop",
     "PruningPlan",
     "RDPlan",
@@ -49,6 +59,7 @@ __all__ = [
     "distortion_importance",
     "global_keep_counts",
     "layerwise_density",
+    "mass_targets",
     "minimum_threshold_sparsities",
     "output_distortion",
     "prune_gradually",
