@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
+from torch.utils.data import DataLoader, TensorDataset
 
 import weightroom.prune as room
 from tests.prune.zoo import ZOO, make
 from weightroom.prune import PlanPruner, PruningPlan, prune_gradually, successive_sparsities
+from weightroom.prune.base import seeded
 
 #: What makes pruners quick that would be slow here as they come.
 QUICK = {"MFACPruner": {"window": 4, "recomputations": 2}, "RDPruner": {"grid": 20}}
@@ -40,6 +42,9 @@ PRUNERS = [
 ]
 every_pruner = pytest.mark.parametrize("pruner", PRUNERS, ids=lambda p: p.__name__)
 every_model = pytest.mark.parametrize("name", ZOO)
+#: Those that read the data that ``fit`` is given.
+READERS = [pruner for pruner in PRUNERS if pruner.__name__ in ("GraSPPruner", "MFACPruner", "RDPruner", "SNIPPruner")]
+every_reader = pytest.mark.parametrize("pruner", READERS, ids=lambda p: p.__name__)
 
 
 def fit(pruner: PlanPruner, model: nn.Module, x: Tensor, y: Tensor) -> PruningPlan:
@@ -174,6 +179,58 @@ def test_sparsity_zero_changes_nothing(pruner):
 def test_sparsity_outside_its_range_is_refused(pruner, sparsity):
     with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\), got"):
         pruner(sparsity)
+
+
+@every_reader
+def test_samples_are_not_taken_for_batches(pruner):
+    model, x, y = make("mlp")
+    data = TensorDataset(x, y)
+    with pytest.raises(TypeError, match="data must give batches, and a TensorDataset gives samples: put it in a DataLoader"):
+        pruner(0.5).fit(model, data, loss_fn=nn.functional.cross_entropy)
+    plan, loaded = (pruner(0.5).fit(model, d, loss_fn=nn.functional.cross_entropy) for d in ([(x, y)], DataLoader(data, 8)))
+    assert all(torch.equal(loaded.masks[k], mask) for k, mask in plan.masks.items())
+
+
+@every_reader
+def test_batches_that_hold_nothing_are_left_out(pruner):
+    model, x, y = make("mlp")
+    empty = (x[:0], y[:0])
+    plan = fit(pruner(0.5), model, x, y)
+    other = pruner(0.5).fit(model, [empty, (x, y), empty], loss_fn=nn.functional.cross_entropy)
+    assert all(torch.equal(other.masks[k], mask) for k, mask in plan.masks.items())
+    for data in ([], [empty], iter([empty])):
+        with pytest.raises(ValueError, match="data holds no"):
+            pruner(0.5).fit(model, data, loss_fn=nn.functional.cross_entropy)
+
+
+@every_reader
+def test_a_model_on_the_cpu_leaves_the_random_states_of_gpus_alone(pruner, monkeypatch):
+    model, x, y = make("mlp")
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    fit(pruner(0.5), model, x, y)
+    assert not seeds
+
+
+def test_the_random_states_of_gpus_in_use_are_seeded_and_put_back(monkeypatch):
+    states = [torch.tensor([11]), torch.tensor([12])]
+
+    def seed_all(seed: int) -> None:
+        states[:] = [torch.tensor([seed])] * 2
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.__setitem__(device, state))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seed_all)
+    before = torch.get_rng_state()
+    with seeded(7):
+        assert [int(state) for state in states] == [7, 7]
+        inside = torch.rand(3)
+    assert [int(state) for state in states] == [11, 12]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(inside, torch.rand(3, generator=torch.Generator().manual_seed(7)))
 
 
 @every_pruner

@@ -277,6 +277,9 @@ def test_how_queries_keys_and_values_are_stored_does_not_matter():
     one, other = DIMAPPruner(0.6).fit(fused), DIMAPPruner(0.6).fit(apart)
     rough = DIMAPPruner(0.6, fuse_qkv=False).fit(apart)
     differ = 0
+    pools = [DIMAPPruner(0.6, single_module=True, fuse_qkv=fuse).fit(apart) for fuse in (True, False)]
+    lamp = LAMPPruner(0.6, targets=tuple(pools[0].masks)).fit(apart)
+    assert [same(pool, lamp) for pool in pools] == [False, True]
     for name, mask in one.masks.items():
         if ".qkv." in name:
             parts = [name.replace(".qkv.", f".{word}_proj.") for word in "qkv"]
@@ -457,6 +460,14 @@ def test_only_what_is_alive_weighs():
             clean.get_parameter(f"{name}_orig")[~mask] = 0
     assert same(DIMAPPruner(0.8).fit(model), plan)
     assert same(DIMAPPruner(0.8).fit(clean), plan)
+
+
+def test_what_masks_have_removed_before_does_not_change_how_much_goes():
+    model = nn.Sequential(nn.Linear(5, 1), nn.Linear(5, 1))
+    pruner = DIMAPPruner(0.5, modules={"0": "a", "1": "b"})
+    assert pruner.fit(model).sparsity() == 0.4  # two of five from each
+    torch_prune.l1_unstructured(model[0], "weight", amount=3)
+    assert pruner.fit(model).sparsity() == 0.4
 
 
 def test_a_module_that_has_lost_more_than_its_share_keeps_it_and_the_others_make_up():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -18,20 +20,25 @@ from tests.prune.zoo import make
 from weightroom.diagnostics import dead_neuron_rate
 from weightroom.prune import (
     ActivateWhilePruning,
+    DIMAPPruner,
     ERKPruner,
     GlobalMagnitudePruner,
     LAMPPruner,
     MFACPruner,
     PruningPlan,
     RandomPruner,
+    RDPruner,
     SNIPPruner,
     UniformMagnitudePruner,
     successive_sparsities,
 )
 from weightroom.prune import selective_activation as module
 
-HOSTS = [GlobalMagnitudePruner, LAMPPruner, ERKPruner, UniformMagnitudePruner, RandomPruner, SNIPPruner]
-every_host = pytest.mark.parametrize("host", HOSTS, ids=lambda h: h.__name__)
+HOSTS = {
+    host.__name__: host
+    for host in (GlobalMagnitudePruner, LAMPPruner, ERKPruner, UniformMagnitudePruner, RandomPruner, SNIPPruner)
+} | {"DIMAPPruner": partial(DIMAPPruner, modules={"*": "all"}), "RDPruner": partial(RDPruner, grid=10)}
+every_host = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +114,57 @@ def test_both_steps_together_remove_what_the_host_alone_would(host, name):
     assert torch.cat(went).max() <= torch.cat(left).min()
 
 
+@pytest.mark.parametrize("ratios", [0.41, {"a": 0.9, "b": 0.1}, {"a": 0.31, "b": 0.62, "c": 0.5}])
+@pytest.mark.parametrize("rate", [0.001, 0.02, 0.1])
+def test_a_host_with_shares_by_module_keeps_its_budget(ratios, rate):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
+    host = DIMAPPruner(ratios, modules={"0": "a", "2": "b", "4": "b", "*": "c"})
+    N, alone = size(model), host.fit(model)
+    removed = sum(layer.removed for layer in alone.layers().values())
+    ap = ActivateWhilePruning(host, rate)
+    ap.snapshot(model)
+    plan = ap.fit(model)
+    assert sum(layer.removed for layer in plan.layers().values()) == removed
+    assert taken(plan, "host") + taken(plan, "ap") == removed
+    assert abs(taken(plan, "ap") - round(rate * N)) <= 1.5  # half a weight for each module
+    scaled = host.at(host.sparsity * (removed - round(rate * N)) / removed).fit(model)
+    assert all(torch.equal(mask, ~scaled.masks[k]) for k, mask in plan.log["host"].items())
+
+
+def test_a_host_with_shares_by_module_removes_what_ap_does_not_find():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 7), nn.ReLU(), nn.Linear(7, 5))
+    host = DIMAPPruner({"a": 0.62, "b": 0.53, "c": 0.23}, modules={"0": "a", "2": "b", "*": "c"})
+    ap = ActivateWhilePruning(host, 0.4)
+    ap.snapshot(model)
+    with pytest.warns(UserWarning, match="AP finds fewer"):
+        plan = ap.fit(model)
+    assert plan.log["ap"]["4.weight"].sum() > round(0.23 * 35)  # more than its module's share
+    assert plan.sparsity() == host.fit(model).sparsity()
+
+
+def test_cycles_of_a_host_with_shares_by_module_remove_what_it_does():
+    model, x, y = make("mlp")
+    host = DIMAPPruner({"a": 0.8, "b": 0.2}, modules={"0": "a", "*": "b"})
+    steps = [0.3, 0.6, 0.8]
+    plan = ActivateWhilePruning(host, 0.08).iterate(copy.deepcopy(model), steps, lambda net: train(net, x, y))
+    before, after = (sum(layer.removed for layer in host.at(s).fit(model).layers().values()) for s in steps[1:])
+    assert plan.sparsity() * size(model) == pytest.approx(after)
+    assert taken(plan, "ap") == pytest.approx(0.1 * (after - before), abs=1.5)
+
+
+def test_a_host_that_does_not_remove_its_part_is_refused():
+    class Stubborn(GlobalMagnitudePruner):
+        def _select(self, tensors, scores, removed):
+            return super()._select(tensors, scores, 200)
+
+    ap = ActivateWhilePruning(Stubborn(0.4), 0.04)
+    model, data, _ = cycled(ap)
+    with pytest.raises(ValueError, match=r"Stubborn\(sparsity=0\.4\) removed 200 weights where 95 were its part"):
+        fit(ap, model, data)
+
+
 @pytest.mark.filterwarnings("ignore:AP finds fewer")
 @pytest.mark.parametrize(
     ("name", "skipped"),
@@ -173,6 +231,88 @@ def test_what_a_relu_feeds_is_followed_through_the_graph():
     assert {name for name in (*model.names, "conv") if observed[model.get_submodule(name)]} == names
 
 
+def test_what_is_changed_in_place_after_a_relu_is_followed():
+    def shifted(s, x):
+        h = torch.relu(s.a(x))
+        h.sub_(1.0)
+        return s.b(h)
+
+    def negated(s, x):
+        h = torch.relu(s.a(x))
+        torch.neg_(h)
+        return s.b(h)
+
+    def through_a_view(s, x):
+        h = torch.relu(s.a(x))
+        s.drop(h.view(-1)).narrow(0, 0, 2).add_(-1.0)
+        return s.b(h)
+
+    def twice_over(s, x):
+        h = torch.relu(s.a(x))
+        h.add_(1.0).mul_(-1.0)
+        return s.b(h)
+
+    def harmless(s, x):
+        h = torch.relu(s.a(x))
+        h.add_(1.0)
+        z = s.drop(h)
+        s.c(z).sub_(1.0)  # nothing of h
+        return s.b(h)
+
+    class Net(nn.Module):
+        def __init__(self, way) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.drop, self.way = nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(6, 4), nn.Dropout(), way
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.way(self, x)
+
+    for way in (shifted, negated, through_a_view, twice_over, harmless):
+        model = Net(way)
+        assert module._fed_in_graph(model)[model.b] == module._fed_in_pass(model, torch.randn(9, 6))[model.b] == (way is harmless)
+
+
+def test_layers_inside_what_is_traced_as_one_are_looked_at_in_a_pass():
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 64, batch_first=True))
+    ap = ActivateWhilePruning(GlobalMagnitudePruner(0.4), 0.02)
+    ap.snapshot(model)
+    with pytest.raises(
+        ValueError, match=r"torch.fx cannot trace this model, or not into all its parts.*give example_inputs or data"
+    ):
+        ap.fit(model)
+    log = ap.fit(model, example_inputs=torch.randn(3, 5, 8)).log["ap"]
+    assert [k for k, mask in log.items() if mask.any()] == ["1.linear2.weight"]
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.a, self.b = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(self.attention(x, x, x)[0])))
+
+    model = Attending()
+    ap.snapshot(model)
+    log = ap.fit(model).log["ap"]  # attention calls none of its layers: there is nothing to look into
+    assert [k for k, mask in log.items() if mask.any()] == ["b.weight"]
+
+
+def test_a_model_that_draws_leaves_the_random_state_as_it_was():
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(16, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.relu(self.b(torch.relu(self.a(x)) + torch.rand(16))))
+
+    model, ap = Noisy(), ActivateWhilePruning(GlobalMagnitudePruner(0.4), 0.02)
+    ap.snapshot(model)
+    state = torch.get_rng_state()
+    ap.fit(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_models_that_cannot_be_traced_are_looked_at_in_a_pass():
     class Branching(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
@@ -189,9 +329,17 @@ def test_models_that_cannot_be_traced_are_looked_at_in_a_pass():
         ap.fit(model)
     with pytest.raises(ValueError, match="cannot trace"):
         ap.fit(model, iter([(x, y)]))  # would be used up
+    with pytest.raises(TypeError, match="a TensorDataset gives samples"):
+        ap.fit(model, TensorDataset(x, y))
     state = torch.get_rng_state()
     loader = DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True)
-    plans = [ap.fit(model, [(x, y)]), ap.fit(model, example_inputs=x), ap.fit(model, iter([(x, y)]), x), ap.fit(model, loader)]
+    plans = [
+        ap.fit(model, [(x, y)]),
+        ap.fit(model, x),
+        ap.fit(model, example_inputs=x),
+        ap.fit(model, iter([(x, y)]), x),
+        ap.fit(model, loader),
+    ]
     assert torch.equal(torch.get_rng_state(), state)
     for plan in plans:
         assert [bool(mask.any()) for mask in plan.log["ap"].values()] == [False, True, True]
@@ -212,10 +360,12 @@ def test_a_model_without_relu_is_warned_about_once(name):
         pytest.importorskip("transformers")
     ap = ActivateWhilePruning(GlobalMagnitudePruner(0.4), 0.04)
     model, data, _ = cycled(ap, name)
-    with pytest.warns(UserWarning, match="no layer is fed by a ReLU"):
+    fewer = pytest.warns(UserWarning, match="AP finds fewer") if name == "lstm" else contextlib.nullcontext()
+    with pytest.warns(UserWarning, match="no layer is fed by a ReLU"), fewer:
         plan = fit(ap, model, data)
-    assert not next(iter(plan.log["ap"].values())).any()
-    assert taken(plan, "ap") > 0
+    touched = {k for k, mask in plan.log["ap"].items() if mask.any()}
+    assert next(iter(plan.log["ap"])) not in touched
+    assert touched == {"head.weight"} if name == "lstm" else len(touched) > 1  # recurrent weights do not count
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(ap, model, data)
@@ -235,6 +385,18 @@ def test_fewer_candidates_than_asked_for():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(ap, model, data)
+
+
+def test_an_iterator_of_batches_lasts_for_both_times_that_the_host_is_fitted():
+    ap = ActivateWhilePruning(SNIPPruner(0.6, batches=2), 0.5)
+    model, (batch,), _ = cycled(ap)
+    other = (batch[0] + 1, batch[1])
+    with pytest.warns(UserWarning, match="AP finds fewer"):
+        plan = fit(ap, model, [batch, other])
+    for stream in (iter([batch, other]), itertools.chain([batch, other], itertools.repeat((batch[0] - 1, batch[1])))):
+        streamed = fit(ap, model, stream)
+        assert all(torch.equal(streamed.masks[k], mask) for k, mask in plan.masks.items())
+    assert taken(plan, "ap") < round(0.5 * size(model))
 
 
 def test_the_comparisons_take_positive_or_random_weights():
@@ -374,8 +536,10 @@ def test_the_start_can_be_given():
         fresh.fit(model, w_start={**start, "2.weight": torch.zeros(3, 3)})
     with pytest.raises(ValueError, match=r"'0\.weight' is missing there"):
         fresh.fit(model, w_start={})
+    with pytest.raises(TypeError, match=r"data must be batches.*got a mapping: weights at the start go by keyword, w_start="):
+        fresh.fit(model, start)
     fresh.snapshot(nn.Sequential(nn.Linear(6, 13)))
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises(ValueError, match=r"'0\.weight' has shape \(13, 6\) there and has shape \(12, 6\) here"):
         fresh.fit(model)
 
 

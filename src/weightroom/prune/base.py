@@ -13,6 +13,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
+from torch.utils.data import Dataset, IterableDataset
 
 from weightroom.errors import unknown
 from weightroom.prune.plan import Inputs, PruningPlan, Site, sites, to_device
@@ -40,6 +42,7 @@ __all__ = [
     "prunable",
     "prune_gradually",
     "remove_smallest",
+    "seeded",
     "sparsity_at",
     "successive_sparsities",
 ]
@@ -206,11 +209,31 @@ def needed(
 
 
 def labelled(data: Iterable[Any], device: torch.device) -> Iterator[tuple[Inputs, Tensor]]:
-    """The inputs and targets of each batch, on ``device``; raises a TypeError where a batch is no such pair."""
+    """The inputs and targets of each batch that holds any, on ``device``; raises a TypeError where a batch is no such pair."""
+    refuse_samples(data)
     for batch in data:
         if not (isinstance(batch, tuple | list) and len(batch) >= 2):
             raise TypeError(f"data must give batches (inputs, targets), got {type(batch).__name__}")
-        yield to_device(batch[0], device), batch[1].to(device)
+        if batch[1].numel():
+            yield to_device(batch[0], device), batch[1].to(device)
+
+
+def refuse_samples(data: Any) -> None:
+    """Raises a TypeError for a data set, whose items are samples and would each be taken for a batch."""
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise TypeError(f"data must give batches, and a {type(data).__name__} gives samples: put it in a DataLoader")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """For the block torch draws under ``seed``, on the CPU and on every GPU in use; then their random states are as they were."""
+    # torch.manual_seed would seed GPUs that nothing runs on yet as well, and their states cannot be kept.
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    with torch.random.fork_rng(devices=gpus):
+        torch.default_generator.manual_seed(seed)
+        if gpus:
+            torch.cuda.manual_seed_all(seed)
+        yield
 
 
 class PlanPruner(ABC):

@@ -96,7 +96,8 @@ class DIMAPPruner(PlanPruner):
             decides, and what none matches stays dense. A function does the same for the name of a parameter.
         aux: for "auto": layers that stay dense whatever they are called; patterns of full names ("stages.3.*") or of their parts
             between dots ("head").
-        single_module: all layers in one pool, with one threshold.
+        single_module: all layers in one pool, with one threshold: ``LAMPPruner`` on the same layers, with ``fuse_qkv=False`` also
+            where queries, keys and values are stored apart.
         fuse_qkv: queries, keys and values of one attention count as one layer where they are stored apart, so that the result does
             not depend on how they are stored.
         targets: see ``PlanPruner``; "auto" knows the weights of the usual types only.
@@ -217,7 +218,7 @@ class DIMAPPruner(PlanPruner):
         counts = [round(r * n) for r, n in zip(ratios, sizes, strict=True)]
         if all(count >= g for count, g in zip(counts, gone, strict=True)):
             return counts
-        total, removed = sum(sizes), round(sum(r * n for r, n in zip(ratios, sizes, strict=True)))
+        total, removed = sum(sizes), sum(counts)
         if removed < sum(gone):
             raise UsageError(
                 f"sparsity {self.sparsity if self.ratios is None else self.ratios} asks for {removed} removed weights, "

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from weightroom.errors import check_range
 from weightroom.metrics import copy_model
-from weightroom.prune.base import PRUNABLE, PlanPruner, ScheduleSpec, check_finite, labelled, needed
+from weightroom.prune.base import PRUNABLE, PlanPruner, ScheduleSpec, check_finite, labelled, needed, seeded
 from weightroom.prune.plan import Site, call, sites
 
 __all__ = ["GraSPPruner"]
@@ -48,7 +48,7 @@ class GraSPPruner(PlanPruner):
         schedule: see ``PlanPruner``.
 
     Raises:
-        TypeError: ``fit`` gets no ``data`` or no ``loss_fn``, or a batch is not a pair (inputs, targets).
+        TypeError: ``fit`` gets no ``data`` or no ``loss_fn``, or data that does not give batches (inputs, targets).
         ValueError: an argument is out of range; there is no batch; the loss is not finite; no weight has a score.
     """
 
@@ -93,28 +93,26 @@ class GraSPPruner(PlanPruner):
         known = sites(copy)
         weights: list[Tensor] = [known[name].tensor.requires_grad_() for name in names]
         device = weights[0].device
-        random = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-        with random, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             batches = list(itertools.islice(labelled(data, device), self.batches))
-            if not batches:
-                raise ValueError("data holds no batch")
-            samples = sum(len(targets) for _, targets in batches)
+        if not batches:
+            raise ValueError("data holds no batch")
+        samples = sum(len(targets) for _, targets in batches)
 
-            def gradients(inputs: Any, targets: Tensor, again: bool) -> tuple[Tensor, ...]:
-                loss = loss_fn(call(copy, inputs) / self.temperature, targets) * (len(targets) / samples)
-                if not bool(torch.isfinite(loss)):
-                    raise ValueError(f"the loss is {float(loss.detach())}")
-                return torch.autograd.grad(loss, weights, create_graph=again, allow_unused=True, materialize_grads=True)
+        def gradients(inputs: Any, targets: Tensor, again: bool) -> tuple[Tensor, ...]:
+            loss = loss_fn(call(copy, inputs) / self.temperature, targets) * (len(targets) / samples)
+            if not bool(torch.isfinite(loss)):
+                raise ValueError(f"the loss is {float(loss.detach())}")
+            return torch.autograd.grad(loss, weights, create_graph=again, allow_unused=True, materialize_grads=True)
 
-            torch.manual_seed(self.seed)
-            g = [torch.zeros_like(w) for w in weights]
-            for inputs, targets in batches:
-                torch._foreach_add_(g, gradients(inputs, targets, False))
-            torch.manual_seed(self.seed)  # the same dropout masks in both passes
-            Hg = [torch.zeros_like(w) for w in weights]
-            for inputs, targets in batches:
-                inner = sum((a * b).sum() for a, b in zip(gradients(inputs, targets, True), g, strict=True))
-                if isinstance(inner, Tensor) and inner.requires_grad:
-                    torch._foreach_add_(Hg, torch.autograd.grad(inner, weights, allow_unused=True, materialize_grads=True))
+        g, Hg = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+            with seeded(self.seed):
+                for inputs, targets in batches:
+                    torch._foreach_add_(g, gradients(inputs, targets, False))
+            with seeded(self.seed):  # the same dropout masks in both passes
+                for inputs, targets in batches:
+                    inner = sum((a * b).sum() for a, b in zip(gradients(inputs, targets, True), g, strict=True))
+                    if isinstance(inner, Tensor) and inner.requires_grad:
+                        torch._foreach_add_(Hg, torch.autograd.grad(inner, weights, allow_unused=True, materialize_grads=True))
         return Hg

@@ -19,6 +19,7 @@ rounds, with training in between.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,17 @@ from torch import Tensor, nn
 from weightroom.errors import check_range, unknown
 from weightroom.metrics import copy_model
 from weightroom.prune.allocation import Floats, Ints, allocate_counts, amounts_of, removed_counts
-from weightroom.prune.base import PRUNABLE, PlanPruner, ScheduleSpec, check_finite, magnitudes, prunable, remove_smallest
+from weightroom.prune.base import (
+    PRUNABLE,
+    PlanPruner,
+    ScheduleSpec,
+    check_finite,
+    magnitudes,
+    prunable,
+    refuse_samples,
+    remove_smallest,
+    seeded,
+)
 from weightroom.prune.plan import Inputs, PruningPlan, Site, call, sites, to_device
 from weightroom.prune.shrink import _make_permanent
 
@@ -117,7 +128,8 @@ class RDPruner(PlanPruner):
     network before the layer, and memory for all activations of one batch.
 
     Raises:
-        TypeError: ``fit`` gets neither ``data`` nor has ``calibration``; the model's output is not a tensor.
+        TypeError: ``fit`` gets neither ``data`` nor has ``calibration``, or a data set of samples, not of batches; the model's
+            output is not a tensor.
         ValueError: an argument is out of range; the output is not finite; the layers' limits do not let the sparsity be reached.
 
     Example::
@@ -169,8 +181,7 @@ class RDPruner(PlanPruner):
             check_finite(repr(site.name), site.tensor.detach())
         scores = self._scores(model, tensors, data, loss_fn)
         device = tensors[0].tensor.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(self.seed)
+        with seeded(self.seed), torch.no_grad():
             batches = list(self._batches(data, example_inputs, device))
             amounts = amounts_of(self.grid)
             gone = np.array([0 if s.mask is None else s.mask.numel() - int(torch.count_nonzero(s.mask)) for s in tensors])
@@ -199,7 +210,7 @@ class RDPruner(PlanPruner):
 
     def _batches(self, data: Iterable[Any] | None, example_inputs: Inputs | None, device: torch.device) -> Iterator[Inputs]:
         if isinstance(self.calibration, str):
-            like = next(_batches(data, 1)) if example_inputs is None and data is not None else example_inputs
+            like = next(_batches(data, 1), None) if example_inputs is None and data is not None else example_inputs
             if like is None:
                 raise TypeError("RDPruner.fit needs example_inputs: calibration='noise' has their shape")
             generator = torch.Generator().manual_seed(self.seed)
@@ -222,12 +233,12 @@ class RDPruner(PlanPruner):
         total = sum(_length(batch) for batch in batches)
         if not total:
             raise ValueError("data holds no inputs to measure on")
-        copy = copy_model(model).eval()
-        _make_permanent(copy)
-        places, passes, worst = sites(copy), _Passes(copy), self.distortion == "worst"
+        dense = copy_model(model).eval()
+        _make_permanent(dense)
+        places, passes, worst = sites(dense), _Passes(dense), self.distortion == "worst"
         D = np.zeros(counts.shape)
         for batch in batches:
-            output = functools.partial(_outputs, copy, batch, self.forward_fn)
+            output = functools.partial(_outputs, dense, batch, self.forward_fn)
             f = passes.record(output)
             if not bool(torch.isfinite(f).all()):
                 raise ValueError("the model's output on the calibration inputs is NaN or infinite")
@@ -285,7 +296,10 @@ def output_distortion(
 
 @dataclass
 class _Call:
-    """One call of a module in a pass: what it returned, the number of the call after it, and whether it may be returned again."""
+    """One call of a module in a pass: what it returned, the number of the call after it, and whether it may be returned again.
+
+    The lists and dicts of an output are kept and given as copies, as the caller may change them; the tensors are the same ones.
+    """
 
     module: nn.Module
     end: int = 0
@@ -361,18 +375,24 @@ class _Passes:
             if self.recording:
                 made = _Call(module)
                 self.calls.append(made)
-                made.output = forward(*args, **kwargs)
-                made.end, made.versions = len(self.calls), _versions(made.output)
-                return made.output
+                output = forward(*args, **kwargs)
+                made.end, made.versions = len(self.calls), _versions(output)
+                made.output = None if made.versions is None else _structure(output)
+                return output
             if self.cursor < self.first:
                 made = self.calls[self.cursor]
                 if made.module is module and made.end <= self.first and made.versions is not None:
                     self.cursor = made.end
-                    return made.output
+                    return _structure(made.output)
             self.cursor += 1
             return forward(*args, **kwargs)
 
         return run
+
+
+def _structure(output: Any) -> Any:
+    """A copy of an output that holds the same tensors."""
+    return copy.deepcopy(output, {id(tensor): tensor for tensor in _tensors(output)})
 
 
 def _versions(output: Any) -> list[int] | None:
@@ -419,10 +439,13 @@ def _outputs(model: nn.Module, inputs: Inputs, forward_fn: Forward | None) -> Te
 
 
 def _batches(data: Tensor | Iterable[Any], limit: int | None) -> Iterator[Inputs]:
-    """The inputs of each batch, up to so many in all."""
+    """The inputs of each batch that holds any, up to so many in all."""
+    refuse_samples(data)
     left = limit
     for batch in data.split(_CHUNK) if isinstance(data, Tensor) else data:
         inputs = batch[0] if isinstance(batch, list | tuple) else batch
+        if not _length(inputs):
+            continue
         if left is not None:
             inputs = _head(inputs, left)
             left -= _length(inputs)

@@ -37,6 +37,7 @@ from weightroom.prune.base import (
     needed,
     prunable,
     remove_smallest,
+    seeded,
     successive_sparsities,
 )
 from weightroom.prune.plan import Inputs, PruningPlan, Site, call, sites
@@ -75,7 +76,7 @@ class MFACPruner(PlanPruner):
     larger of m and the width of a block.
 
     Raises:
-        TypeError: ``fit`` gets no ``data`` or no ``loss_fn``, or a batch is not a pair (inputs, targets).
+        TypeError: ``fit`` gets no ``data`` or no ``loss_fn``, or data that does not give batches (inputs, targets).
         ValueError: an argument is out of range; more is pruned already than asked for; there is no batch; the loss or a
             gradient is not finite.
     """
@@ -125,9 +126,8 @@ class MFACPruner(PlanPruner):
         device = weights[0].device
         masks = [torch.ones_like(site.tensor, dtype=torch.bool) if site.mask is None else site.mask for site in tensors]
         alive = torch.cat([mask.reshape(-1) for mask in masks]).nonzero().flatten()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
-            torch.manual_seed(self.seed)
-            batches = labelled(_endless(data), device)
+        with seeded(self.seed), torch.enable_grad():
+            batches = _endless(data, device)
             for kept in self._rounds(sum(w.numel() for w in weights), len(alive), removed):
                 G = _gradients(copy, weights, alive, batches, loss_fn, self.window)
                 alive = self._cut(weights, alive, G, len(alive) - kept)
@@ -214,19 +214,18 @@ def _evaluated(model: nn.Module) -> nn.Module:
     return copy
 
 
-def _endless(data: Iterable[Any]) -> Iterator[Any]:
+def _endless(data: Iterable[Any], device: torch.device) -> Iterator[tuple[Inputs, Tensor]]:
     """The batches over and over; those of an iterator, which can be read once, are kept."""
-    source: Any = iter(data)
-    once = source is data
-    kept: list[Any] = []
-    for batch in source:
+    once = isinstance(data, Iterator)
+    kept: list[tuple[Inputs, Tensor]] = []
+    for batch in labelled(data, device):
         kept += [batch] if once else []
         yield batch
     while True:
-        batch = None
-        for batch in kept if once else data:
-            yield batch
-        if batch is None:
+        again = None
+        for again in kept if once else labelled(data, device):
+            yield again
+        if again is None:
             raise ValueError("data holds no batch")
 
 

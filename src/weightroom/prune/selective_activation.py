@@ -17,6 +17,7 @@ argument about signs needs a positive scale; for GELU or SiLU there is none.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from weightroom.errors import check_range, unknown
 from weightroom.metrics import copy_model
-from weightroom.prune.base import PlanPruner, _sizes, remove_smallest
+from weightroom.prune.base import PlanPruner, _sizes, refuse_samples, remove_smallest, seeded
 from weightroom.prune.plan import Inputs, PruningPlan, Site, call, evaluating, sites, to_device
 
 __all__ = ["ActivateWhilePruning", "ActivationPlan"]
@@ -71,19 +72,22 @@ class ActivateWhilePruning:
 
     Over a cycle of training that takes the weights from :math:`w^{start}` to :math:`w^{end}`, with N prunable weights:
 
-    1. the host removes :math:`\mathrm{round}(pN) - \mathrm{round}(qN)` weights by its own score;
-    2. AP removes, of the weights that are left with :math:`w^{end} < 0` in layers fed by a ReLU, the :math:`\mathrm{round}(qN)` with
-       the smallest :math:`|w^{end} - w^{start}|` of the whole network, ties by layer, then by flat index.
+    1. the host, its sparsity lowered in proportion, removes :math:`\mathrm{round}(pN) - \mathrm{round}(qN)` weights by its own
+       score, give or take what it rounds where it shares out by module;
+    2. AP removes the other :math:`\mathrm{round}(qN)`: of the weights that are left with :math:`w^{end} < 0` in layers fed by a
+       ReLU, those with the smallest :math:`|w^{end} - w^{start}|` of the whole network, ties by layer, then by flat index.
 
     Where there are fewer such weights AP takes them all, with a warning, and the host the rest.
 
     A layer is fed by a ReLU where all it is given is non-negative whatever the network's input: rectifiers, sigmoids, and what
     pooling, dropout, reshaping, concatenation and sums make of them. It is read off the model's graph (``torch.fx``), or, for models
-    that cannot be traced, from a pass over ``data`` or ``example_inputs``. Only linear layers and convolutions count. In a model
-    without such a layer all but the first are taken, with a warning.
+    that cannot be traced throughout, from a pass over ``data`` or ``example_inputs``; in a pass a layer that is given non-negative
+    values counts, though they may be so for these inputs only, unless it is the first or given the inputs themselves. Only linear
+    layers and convolutions count. In a model without a layer fed by a ReLU all of them but the first are taken, with a warning.
 
     Args:
-        base: the host; its sparsity p is a share of all prunable weights, as is ``rate``.
+        base: the host; its sparsity p is a share of all prunable weights, as is ``rate``. Of a host with shares by module pN is what
+            it removes with these.
         rate: q, in [0, p]; 0 leaves the host as it is, bit for bit. The paper's cycles have q = p / 10.
         criterion: which candidates go first: those of least "movement", or "random" ones, to compare with.
         sign: "negative", or "positive", to compare with.
@@ -177,10 +181,16 @@ class ActivateWhilePruning:
             The plan. Its ``log`` says which step took what.
 
         Raises:
+            TypeError: ``data`` is a mapping, and as the host's ``fit``.
             RuntimeError: there is no snapshot, or the model has been pruned since.
-            ValueError: the cycle removes fewer weights than the rate asks AP to take, ``w_start`` does not fit the model, and as
-                the host's ``fit``.
+            ValueError: the cycle removes fewer weights than the rate asks AP to take, the snapshot or ``w_start`` does not fit the
+                model, torch.fx cannot trace the model and there are no inputs, the host does not remove what it says, and as the
+                host's ``fit``.
         """
+        if isinstance(data, Mapping):
+            raise TypeError(
+                "data must be batches (inputs, targets), got a mapping: weights at the start go by keyword, w_start=..."
+            )
         given: dict[str, Any] = {"data": data, "example_inputs": example_inputs, "loss_fn": loss_fn}
         tensors = self.base._tensors(model)
         total, gone = _sizes(tensors)
@@ -195,8 +205,14 @@ class ActivateWhilePruning:
         if not quota:
             return ActivationPlan(self.base.fit(model, **given), before, {})
         start = self._weights_at_start(tensors, w_start)
-        plan = self.base.at((removed - quota) / total).fit(model, **given)
-        fed = self._eligible(model, tensors, data, example_inputs)
+        again = given
+        if isinstance(data, Iterator):  # which can be read once, and the host may be fitted twice
+            given["data"], kept = itertools.tee(data)
+            again = {**given, "data": kept}
+        plan = self.base.at(self.sparsity * (removed - quota) / removed).fit(model, **given)
+        quota = self._rest(plan, removed, quota)
+        with seeded(self.seed):  # a model may draw while it is traced, and a loader draws
+            fed = self._eligible(model, tensors, data, example_inputs)
         generator = torch.Generator().manual_seed(self.seed)
         layers = {
             site.name: self._layer(site, weight, plan.masks[site.name], generator)
@@ -209,7 +225,7 @@ class ActivateWhilePruning:
             plan.masks[name] = mask.reshape(-1).index_fill_(0, index, False).view(mask.shape)  # its own: nobody else holds it
         if sum(map(len, took.values())) < quota:
             self._warn(f"AP finds fewer {self.sign} weights than its rate asks for and takes them all; the host removes the rest")
-            plan = plan.merge(self.base.fit(plan.apply(copy_model(model)), **given))
+            plan = plan.merge(self.base.fit(plan.apply(copy_model(model)), **again))
         return ActivationPlan(plan, before, took)
 
     def iterate(
@@ -229,7 +245,8 @@ class ActivateWhilePruning:
 
         Args:
             model: changed in place. At the end it is pruned and rewound, and still to be trained.
-            sparsities: rising, the share of all prunable weights that is gone after each cycle; see ``successive_sparsities``.
+            sparsities: rising, the share of all prunable weights that is gone after each cycle, or what else the host's ``at`` takes;
+                see ``successive_sparsities``.
             train: trains the masked model; called once in each cycle, first on the model as it is given.
             rewind: set all parameters and buffers back to their values at the beginning after each pruning, as the paper does;
                 False goes on from the trained weights.
@@ -252,9 +269,10 @@ class ActivateWhilePruning:
         for i, sparsity in enumerate(steps):
             self.snapshot(model)
             train(model)
-            total, gone = _sizes(self.base._tensors(model))
+            tensors = self.base._tensors(model)
+            total, gone = _sizes(tensors)
             active = self.when != "last" or i == len(steps) - 1
-            rate = share * active * max(0, round(sparsity * total) - gone) / total
+            rate = share * active * (self.base.at(sparsity)._count(tensors) - gone) / total
             plan = self.at(sparsity, rate).fit(model, data, example_inputs, loss_fn)
             plan.apply(model)
             if rewind:
@@ -262,13 +280,21 @@ class ActivateWhilePruning:
                 plan.apply(model)
         return plan
 
+    def _rest(self, plan: PruningPlan, removed: int, quota: int) -> int:
+        """What is left for AP of ``removed``: ``quota``, up to what a host rounds that shares out by module."""
+        layers = plan.layers().values()
+        rest = removed - sum(layer.removed for layer in layers)
+        if rest < 0 or abs(rest - quota) > len(layers):
+            raise ValueError(
+                f"{self.base!r} removed {removed - rest} weights where {removed - quota} were its part: AP cannot share with it"
+            )
+        return rest
+
     def _weights_at_start(self, tensors: Sequence[Site], w_start: Mapping[str, Tensor] | None) -> list[Tensor]:
-        if w_start is None:
-            if self._start is None:
-                raise RuntimeError("call snapshot() at the start of the cycle")
-            if any(self._start.get(site.name, (None, _alive(site)))[1] != _alive(site) for site in tensors):
-                raise RuntimeError("call snapshot() at the start of the cycle: the model has been pruned since the last one")
-            w_start = {name: weight for name, (weight, _) in self._start.items()}
+        noted = self._start if w_start is None else {}
+        if noted is None:
+            raise RuntimeError("call snapshot() at the start of the cycle")
+        w_start = {name: weight for name, (weight, _) in noted.items()} if w_start is None else w_start
         found = []
         for site in tensors:
             weight = next((w_start[key] for name in site.names for key in (name, f"{name}_orig") if key in w_start), None)
@@ -278,6 +304,8 @@ class ActivateWhilePruning:
                     f"the snapshot does not fit the model: {site.name!r} {was} there and has shape {tuple(site.tensor.shape)} here"
                 )
             found.append(weight.to(site.tensor.device))
+        if any(noted[site.name][1] != _alive(site) for site in tensors if site.name in noted):
+            raise RuntimeError("call snapshot() at the start of the cycle: the model has been pruned since the last one")
         return found
 
     def _layer(self, site: Site, w_start: Tensor, keep: Tensor, generator: torch.Generator) -> _Layer:
@@ -298,19 +326,19 @@ class ActivateWhilePruning:
         users = [[module for _, module, _ in site.places] for site in tensors]
         mixers = {module for modules in users for module in modules if isinstance(module, nn.Linear | _ConvNd)}
         fed = _fed_in_graph(model)
-        if fed is None or not mixers <= set(fed):
+        if not mixers <= set(fed):
             inputs = example_inputs if data is None else _first_inputs(data, example_inputs)
-            if inputs is not None:
-                fed = _fed_in_pass(model, to_device(inputs, tensors[0].tensor.device))
-            elif fed is None:
+            if inputs is None:
                 raise ValueError(
-                    "torch.fx cannot trace this model to see which layers a ReLU feeds: give example_inputs or data, or skip_first=False"
+                    "torch.fx cannot trace this model, or not into all its parts, to see which layers a ReLU feeds: give example_inputs or "
+                    "data, or skip_first=False"
                 )
+            fed = _fed_in_pass(model, to_device(inputs, tensors[0].tensor.device))
         found = [all(fed.get(module, False) for module in modules) for modules in users]
         if any(found):
             return found
         self._warn("no layer is fed by a ReLU (GELU, SiLU?): that a negative weight can only silence a unit does not apply here")
-        return [i > 0 for i in range(len(tensors))]
+        return [i > 0 and all(module in mixers for module in modules) for i, modules in enumerate(users)]
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
@@ -334,9 +362,11 @@ def _check_when(when: Literal["every", "last"] | Iterable[int]) -> Literal["ever
 
 def _first_inputs(data: Iterable[Any], otherwise: Inputs | None) -> Inputs | None:
     """Those of the first batch; ``otherwise`` where there is none, or where taking it would use it up."""
-    with torch.random.fork_rng(devices=[]):  # a loader draws from the global state
-        iterator: Any = iter(data)
-        batch = None if iterator is data else next(iterator, None)
+    refuse_samples(data)
+    if isinstance(data, Tensor):
+        return data
+    iterator: Any = iter(data)
+    batch = None if iterator is data else next(iterator, None)
     if batch is None:
         return otherwise
     return batch[0] if isinstance(batch, tuple | list) else batch
@@ -429,13 +459,13 @@ _KEEP = {
 _COMBINE = {"add", "add_", "iadd", "mul", "mul_", "imul", "truediv", "div"}
 
 
-def _fed_in_graph(model: nn.Module) -> dict[nn.Module, bool] | None:
-    """For every linear layer and convolution in the model's graph: whether it is fed non-negative values only; None without a graph."""
+def _fed_in_graph(model: nn.Module) -> dict[nn.Module, bool]:
+    """For every linear layer and convolution in the model's graph: whether it is fed non-negative values only; {} without a graph."""
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     try:
         graph = fx.Tracer().trace(model)
     except Exception:  # a model may fail to trace in any way it likes
-        return None
+        return {}
     finally:  # what a forward pass keeps on its module would be a proxy
         for module, before in attributes:
             vars(module).clear()
@@ -449,14 +479,28 @@ def _fed_in_graph(model: nn.Module) -> dict[nn.Module, bool] | None:
             module = modules[node.target]
             if isinstance(module, nn.Linear | _ConvNd):
                 fed[module] = given and fed.get(module, True)
+            elif isinstance(module, nn.MultiheadAttention):
+                fed[module.out_proj] = False  # never called itself
             sure[node] = isinstance(module, _RECTIFIERS) or (given and isinstance(module, _KEEPERS))
         elif node.op in ("call_function", "call_method"):
-            name = node.args[1] if node.target is getattr else getattr(node.target, "__name__", node.target)
+            name = str(node.args[1] if node.target is getattr else getattr(node.target, "__name__", node.target))
             signed = any(isinstance(a, int | float) and a < 0 for a in (*node.args, *node.kwargs.values()))
             sure[node] = name in _RECTIFY or (given and (name in _KEEP or (name in _COMBINE and not signed)))
+            if name.endswith("_"):
+                for changed in _changed(node, modules):
+                    sure[changed] = sure[changed] and sure[node]
         else:
             sure[node] = False
     return fed
+
+
+def _changed(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node]:
+    """What a node changes in place: its first argument, and all that this may be a view of."""
+    while node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        yield node
+        if node.op == "call_module" and not isinstance(modules[str(node.target)], _RECTIFIERS + _KEEPERS):
+            return
 
 
 def _fed_in_pass(model: nn.Module, inputs: Inputs) -> dict[nn.Module, bool]:

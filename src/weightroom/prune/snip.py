@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from weightroom.metrics import copy_model
-from weightroom.prune.base import PRUNABLE, PlanPruner, ScheduleSpec, check_finite, labelled, needed
+from weightroom.prune.base import PRUNABLE, PlanPruner, ScheduleSpec, check_finite, labelled, needed, seeded
 from weightroom.prune.plan import Site, call, sites
 
 __all__ = ["SNIPPruner"]
@@ -45,7 +45,7 @@ class SNIPPruner(PlanPruner):
         schedule: see ``PlanPruner``.
 
     Raises:
-        TypeError: ``fit`` gets no ``data`` or no ``loss_fn``, or a batch is not a pair (inputs, targets).
+        TypeError: ``fit`` gets no ``data`` or no ``loss_fn``, or data that does not give batches (inputs, targets).
         ValueError: an argument is out of range; there is no batch; the loss is not finite; no weight has a gradient.
     """
 
@@ -89,8 +89,7 @@ def _mean_gradients(
     weights: list[Tensor] = [known[name].tensor.requires_grad_() for name in names]
     device = weights[0].device
     sums, samples = [torch.zeros_like(weight) for weight in weights], 0
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
-        torch.manual_seed(seed)
+    with seeded(seed), torch.enable_grad():
         for i, (inputs, targets) in enumerate(labelled(data, device)):
             loss = loss_fn(call(copy, inputs), targets)
             if not bool(torch.isfinite(loss)):
