@@ -31,7 +31,6 @@ def test_arms_return_what_is_declared(name, trial):
     assert {"accuracy", "accuracy_start", "accuracy_end"} <= set(result)
     assert all(isinstance(v, float) for v in result.values())
     assert result == run(name, trial)[0]
-    assert now.spent["steps"] == 4 * (3 if "budget" in name else 2)
     assert now.spent["parameters"] > 0
     if name in ("scratch, to the end", "scratch, whole budget"):
         assert result["accuracy"] == result["accuracy_end"]
@@ -40,6 +39,21 @@ def test_arms_return_what_is_declared(name, trial):
         assert result["accuracy"] == run("scratch", trial)[0]["accuracy_end"]
     stored = {"sws": 0.5, "stages shuffled": 0.5, "repeated, unshared": 0.5, "first layers, unshared": 1.0}
     assert name not in stored or result["stored"] == stored[name]
+
+
+@pytest.mark.parametrize("name", STUDY.arms)
+def test_what_an_arm_starts_from_is_part_of_its_cost(name, trial, tmp_path):
+    """Two hundred samples are four batches: two epochs of tuning, one of distillation, two of the teacher."""
+    scratch, distilled, epochs = name.startswith("scratch"), not name.startswith("scratch"), 3 if "budget" in name else 2
+    folders = [trial.shared, *[tmp_path, tmp_path, None] * (name == "rest only")]  # made, found, made without a store
+    costs = [run(name, trial, shared=folder)[1].spent for folder in folders]
+    for spent in costs:
+        assert spent["trainings"] == (1 if scratch else 3)
+        assert spent["steps"] == 4 * (epochs + 3 * distilled)
+        assert spent["backwards"] == spent["steps"]
+        assert spent["forwards"] == spent["steps"] + 4 * distilled  # the teacher's, in the distillation
+        assert spent["parameters"] == costs[0]["parameters"]
+    assert costs[0]["train_seconds"] > 0
 
 
 def test_seed_setting_and_rate_decide(trial):

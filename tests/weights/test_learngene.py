@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from weightroom.distill import SoftmaxKDLoss
+from weightroom.prune import GlobalMagnitudePruner
 from weightroom.weights import StageSharedEncoder, build_descendant, default_source, learn_learngene, learngene_expand
 
 
@@ -157,6 +158,32 @@ def test_encoder_wants_modules_and_integers():
         StageSharedEncoder(lambda: torch.relu, (2,))
 
 
+def test_a_factory_that_gives_the_same_twice_is_refused():
+    def with_table(table):
+        layer = nn.Linear(4, 4)
+        layer.table = table
+        return layer
+
+    one, table, buffer = nn.Linear(4, 4), nn.Parameter(torch.zeros(4)), torch.zeros(4)
+    for factory, what in (
+        (lambda: one, r"blocks\[1\] is blocks\[0\]"),
+        (iter([nn.Linear(4, 4), one, one]).__next__, r"blocks\[2\] is blocks\[1\]"),
+        (nn.Identity().requires_grad_, r"blocks\[1\] is blocks\[0\]"),
+        (lambda: with_table(table), r"blocks\[1\] shares 'table' with blocks\[0\]"),
+        (lambda: nn.Sequential(nn.Linear(4, 4), one), r"blocks\[1\] shares '1.weight' with blocks\[0\]"),
+    ):
+        with pytest.raises(ValueError, match=f"block_factory must make a new block .*{what}"):
+            StageSharedEncoder(factory, (2, 1, 1))
+
+    def within():
+        block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        block[1].weight = block[0].weight
+        block.register_buffer("same", buffer)
+        return block
+
+    assert len(StageSharedEncoder(within, (2, 1))) == 3  # shared inside a block, and constants
+
+
 def test_shared_batch_norm_is_warned_of():
     with pytest.warns(UserWarning, match=r"stages \[1\] have batch norms"):
         StageSharedEncoder(lambda: nn.Sequential(nn.BatchNorm1d(3)), (1, 2))
@@ -226,6 +253,18 @@ def test_copies_are_equal_and_independent(aux):
     assert not same(layers[0], layers[1])
     assert same(layers[1], blocks[0])
     assert all(same(a, b) for a, b in zip(before, blocks, strict=True))
+
+
+def test_masked_blocks_are_copied_after_a_step(aux):
+    GlobalMagnitudePruner(0.5).fit(aux).apply(aux)
+    aux(X).sum().backward()
+    layers = learngene_expand(aux.layers.blocks, 4)
+    assert all(torch.equal(layers[0].linear1.weight_mask, layer.linear1.weight_mask) for layer in (aux.layers[0], layers[1]))
+    descendant = build_descendant(aux, 6, source=aux.layers.schedule)
+    torch.testing.assert_close(descendant(X), aux(X), rtol=0, atol=0)
+    shared = {id(t) for t in aux.state_dict(keep_vars=True).values()}
+    assert not shared & {id(t) for t in descendant.state_dict(keep_vars=True).values()}
+    assert all(p.grad is not None for p in aux.parameters())
 
 
 @pytest.mark.parametrize("call", [learngene_expand, build_descendant])

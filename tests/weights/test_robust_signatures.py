@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -146,6 +147,32 @@ def test_which_layers():
     assert names(lambda name: name.endswith("weight")) == ["0.weight", "2.weight", "4.weight", "8.weight"]
     alone = nn.Linear(2, 2)
     assert list(RobustWeightSignature.extract(alone, alone, alone, 1)) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.weight_norm,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_layers_whose_weight_is_computed_are_not_skipped(compute):
+    models = three()
+    for model in models:
+        compute(model[2])
+    with pytest.raises(ValueError, match="weight of module '2' is computed"):
+        RobustWeightSignature.extract(*models, layers=2)
+    assert list(RobustWeightSignature.extract(*models, layers=["0"])) == FIRST_TWO[:2]
+    assert RobustWeightSignature.extract(*models, layers=lambda name: name == "2.bias").keys() == {"2.bias"}
+
+
+def test_a_model_that_is_one_masked_layer():
+    models = [nn.utils.prune.l1_unstructured(nn.Linear(3, 4), "weight", 0.5) for _ in range(3)]
+    with pytest.raises(ValueError, match="weight of the model itself is computed"):
+        RobustWeightSignature.extract(*models, layers=1)
 
 
 def test_batch_norm_is_never_projected_but_kept_apart():

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from tests.prune import zoo
 from weightroom.nets.small import MLP, ConvNet, ResNet
+from weightroom.prune import GlobalMagnitudePruner
 from weightroom.weights import (
     PermutationSpec,
     alignment_score,
@@ -31,6 +33,7 @@ from weightroom.weights import (
     taylor_barrier,
     weight_matching,
 )
+from weightroom.weights.weight_matching import _polar
 
 
 class Single(nn.Module):
@@ -91,6 +94,12 @@ def vgg():
         nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8),
         nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 4, 10), nn.ReLU(), nn.Dropout(), nn.Linear(10, 4),
     )  # fmt: skip
+
+
+def data(n=40, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 8, generator=g)
+    return [(x[i : i + 15], (x[i : i + 15, 0] * x[i : i + 15, 1] > 0).long()) for i in range(0, n, 15)]
 
 
 IMAGE = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -156,9 +165,11 @@ def test_a_permutation_leaves_the_function_and_changes_the_weights(name, seed):
     torch.testing.assert_close(other(x), model(x), rtol=0, atol=2e-6)
     for key in spec.axes_to_perm:
         assert permuted[key].ndim == 0 or not torch.equal(permuted[key], state[key]), key
-    torch.testing.assert_close(
-        other.train()(x) if name == "resnet" else 0, model.train()(x) if name == "resnet" else 0, atol=2e-5, rtol=0
-    )
+    for module in (*model.modules(), *other.modules()):
+        module.training = not isinstance(module, nn.Dropout)
+    trained, expected = other(x), model(x)
+    assert any(isinstance(module, _NormBase) for module in model.modules()) == (not torch.equal(expected, model.eval()(x)))
+    torch.testing.assert_close(trained, expected, atol=2e-5, rtol=0)
 
 
 def test_every_tensor_of_a_perceptron_and_a_residual_network_is_in_the_spec():
@@ -193,10 +204,17 @@ def test_flattening_by_hand_moves_blocks_of_columns():
 
 def test_tracing_leaves_the_model_and_the_random_state():
     torch.manual_seed(0)
-    model = vgg().train()
+
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return F.dropout(x)
+
+    model, x = nn.Sequential(nn.ReLU(inplace=True), *vgg(), Noisy()).train(), IMAGE.clone()
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    PermutationSpec.trace(model, (IMAGE,))
+    spec = PermutationSpec.trace(model, (x,))
+    assert len(spec.perm_to_axes) == 3
     assert model.training
+    assert torch.equal(x, IMAGE)
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
@@ -221,6 +239,39 @@ def test_tied_layers_share_their_permutation():
     other = copy.deepcopy(model)
     other.load_state_dict(apply_permutation(spec, shuffled(spec, model.state_dict(), 3), model.state_dict()))
     torch.testing.assert_close(other(x), model(x))
+
+
+class Branch(nn.Module):
+    """A forward pass that depends on the kind of its input, which torch.fx replaces by a proxy."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.a, self.c, self.d = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(other, 3)
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        return self.c(h) if isinstance(h, torch.Tensor) else self.d(h)
+
+
+class Padded(nn.Module):
+    """Empty channels around the hidden ones, as in the shortcuts of the first residual networks."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.a, self.c = nn.Conv2d(1, 4, 3), last
+
+    def forward(self, x):
+        h = F.pad(self.a(x), (1, 1, 0, 0, 2, 2))
+        return self.c(h if isinstance(self.c, nn.Conv2d) else h.mean((2, 3)))
+
+
+def masked():
+    """A pruned model whose masked weights, after a forward pass with gradients, are no leaves."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    GlobalMagnitudePruner(0.5).fit(model).apply(model)
+    model(data()[0][0]).sum().backward()
+    return model
 
 
 class Call(nn.Module):
@@ -248,11 +299,53 @@ class Call(nn.Module):
         (Call(lambda h: h if h.sum() > 0 else -h), torch.randn(2, 4), "cannot be traced"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)) and nn.Sequential(
             nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 4), "computed from"),
+        (masked(), torch.randn(2, 8), "module '0' .*computed from"),
+        (Branch(6), torch.randn(2, 4), "Branch .* branch .*describe the model by"),
+        (Branch(5), torch.randn(2, 4), "Branch cannot be traced .*describe the model by"),
+        (Padded(nn.Linear(8, 3)), IMAGE, "function 'pad' across"),
+        (Padded(nn.Conv2d(8, 3, 3)), IMAGE, "function 'pad' across"),
+        (nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(1), nn.Linear(64, 5)), IMAGE[0], "module '0' .*batch"),
+        (nn.Sequential(nn.Conv1d(1, 6, 3), nn.MaxPool2d(3, 1, 1), nn.Flatten(), nn.Linear(36, 5)), IMAGE[:, 0, :1], "not all .*describe"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_followed_is_named(model, x, message):
     with pytest.raises(NotImplementedError, match=message):
         PermutationSpec.trace(model, x)
+
+
+def test_units_that_become_more_are_refused():
+    model = Call(lambda h: F.interpolate(h.unsqueeze(2), scale_factor=2).flatten(1))
+    model.last = nn.Linear(12, 3)
+    with pytest.raises(NotImplementedError, match=r"not all .*'last.weight' has length 12.*describe the model by"):
+        PermutationSpec.trace(model, torch.randn(2, 4))
+
+
+def test_a_single_unit_is_spread_over_many():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.gate, self.out = nn.Conv2d(1, 6, 3), nn.Conv2d(6, 1, 1), nn.Linear(6, 2)
+
+        def forward(self, x):
+            h = self.a(x)
+            return self.out((h * torch.sigmoid(self.gate(h))).mean((2, 3))) + self.gate(h).amax((2, 3))
+
+    model = Gated()
+    spec = PermutationSpec.trace(model, IMAGE)
+    assert spec.sizes(model.state_dict()) == {"P_a": 6, "P_gate": 1}
+
+
+def test_what_is_zero_at_first_hides_no_mistake():
+    model = nn.Sequential(nn.Conv1d(1, 6, 3), nn.MaxPool2d(3, 1, 1), nn.Flatten(), nn.Linear(36, 5))
+    nn.init.zeros_(model[3].weight)
+    with pytest.raises(NotImplementedError, match="not all"):
+        PermutationSpec.trace(model, IMAGE[:, 0, :1])
+
+
+def test_a_model_that_cannot_take_the_example_says_so_itself():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        PermutationSpec.trace(MLP((9, 5, 2)), torch.randn(2, 8))
+    assert not isinstance(caught.value, NotImplementedError)
 
 
 def test_units_that_meet_something_fixed_are_not_permuted():
@@ -487,6 +580,36 @@ def test_the_score_is_the_double_sum(name, gamma):
         assert alignment_score(spec, a, aligned, gamma) > score
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.3])
+@pytest.mark.parametrize("dtype, within", [(torch.float16, 0.01), (torch.bfloat16, 0.05), (torch.float64, 1e-6)])
+def test_the_score_of_other_precisions(dtype, within, gamma):
+    torch.manual_seed(0)
+    a = {"w": torch.randn(600, 100), "v": torch.randn(2, 600)}
+    spec = PermutationSpec(axes_to_perm={"w": ("P", None), "v": (None, "P")})
+    b = {key: w + 0.5 * torch.randn_like(w) for key, w in a.items()}
+    half_a, half_b = ({key: w.to(dtype) for key, w in state.items()} for state in (a, b))
+    assert alignment_score(spec, half_a, half_a, gamma) == pytest.approx(1, abs=1e-6)
+    assert alignment_score(spec, half_a, half_b, gamma) == pytest.approx(alignment_score(spec, a, b, gamma), abs=within)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_singular_vectors_above_the_rounding_are_kept(dtype):
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(n, 50, dtype=torch.float64)).Q for n in (600, 50))
+    w = ((U * torch.logspace(0, -2, 50)) @ V.T).to(dtype)
+    assert _polar(w, 0.0)[1] == 50
+    assert _polar(w, 0.5)[1] == 8  # 10^(-2 i / 49) >= 1/2 for i = 0 to 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rounding_makes_no_singular_vectors(dtype):
+    torch.manual_seed(0)
+    low = {"w": (torch.randn(60, 3, dtype=torch.float64) @ torch.randn(3, 50, dtype=torch.float64)).to(dtype)}
+    exact = {"w": low["w"].double() + 1e-7 * torch.randn(60, 50, dtype=torch.float64)}
+    assert _polar(low["w"], 0.0)[1] == 3
+    assert _polar(exact["w"], 0.0)[1] == 50
+
+
 def test_dead_units_have_no_singular_vectors():
     spec = PermutationSpec(axes_to_perm={"w": ("P", None)})
     w = torch.randn(5, 4)
@@ -513,12 +636,6 @@ def test_the_reduction_of_the_distance():
 
 
 # ---- the line between two models
-
-
-def data(n=40, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 8, generator=g)
-    return [(x[i : i + 15], (x[i : i + 15, 0] * x[i : i + 15, 1] > 0).long()) for i in range(0, n, 15)]
 
 
 def pair(seed=0):
@@ -548,6 +665,19 @@ def test_interpolation():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         interpolate(a, b, 1.0)
+    for t in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="t must be"):
+            interpolate(a, b, t)
+
+
+def test_an_end_is_an_exact_copy_whatever_the_other_end_holds():
+    a = {"w": torch.tensor([1.0, -2.0, 3.0]), "n": torch.tensor(1)}
+    b = {"w": torch.tensor([torch.inf, torch.nan, -torch.inf]), "n": torch.tensor(2)}
+    for t, one, other, end in ((0, a, b, a), (1, a, b, b), (0, b, a, b), (1, b, a, a)):
+        found = interpolate(one, other, t)
+        for key in end:
+            torch.testing.assert_close(found[key], end[key], rtol=0, atol=0, equal_nan=True)
+            assert found[key].data_ptr() != end[key].data_ptr()
 
 
 def test_the_barrier_of_a_known_loss():
@@ -612,6 +742,24 @@ def test_measuring_leaves_model_mode_and_random_state():
     assert model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+
+
+def test_masked_models_are_measured_and_searched_after_a_step():
+    model, other = masked(), masked()
+    with torch.no_grad():
+        other[0].weight_orig.mul_(torch.rand(6, 1))
+    a, b = (copy.deepcopy(m.state_dict()) for m in (model, other))
+    spec = PermutationSpec(axes_to_perm={
+        "0.weight_orig": ("P", None), "0.weight_mask": ("P", None), "0.bias": ("P",), "2.weight_orig": (None, "P"), "2.weight_mask": (None, "P"),
+    })  # fmt: skip
+    batches = data()
+    _, losses = loss_path(model, a, b, batches, F.cross_entropy, points=3)
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert losses[-1] == pytest.approx(F.cross_entropy(other(x), y).item(), abs=1e-6)
+    assert math.isfinite(loss_barrier(model, a, b, batches, F.cross_entropy))
+    assert math.isfinite(taylor_barrier(model, a, b, batches, F.cross_entropy))
+    assert ste_matching(spec, model, a, b, batches, F.cross_entropy, 2).keys() == {"P"}
+    assert all(torch.equal(v, a[k]) for k, v in model.state_dict().items())
 
 
 def test_statistics_are_estimated_again_at_every_point():
@@ -696,6 +844,22 @@ def test_straight_through_repeats_and_takes_lr_and_momentum():
     for arguments, message in (({"init": "c"}, "unknown init 'c'"), ({"epochs": -1}, "epochs")):
         with pytest.raises(ValueError, match=message):
             ste_matching(spec, model, a, b, data(), F.cross_entropy, **{"epochs": 1, **arguments})
+
+
+def test_the_search_says_what_its_training_has_spent():
+    model, spec, a, b = pair()
+    batches, spent = data(), []
+    search = lambda epochs, **how: ste_matching(  # noqa: E731
+        spec, model, a, b, batches, F.cross_entropy, epochs, on_fit=spent.append, **how
+    )
+    perm = search(4)
+    assert all(torch.equal(p, ste_matching(spec, model, a, b, batches, F.cross_entropy, 4)[k]) for k, p in perm.items())
+    assert (spent[0].steps, spent[0].forwards, spent[0].backwards, len(spent[0].losses)) == (12, 12, 12, 4)
+    assert spent[0].seconds > 0
+    search(4, select=batches[:2], lr=1e-9)
+    assert (spent[1].steps, spent[1].forwards, spent[1].backwards) == (12, 14, 12)  # the permutation stays, so one pass chooses
+    search(0)
+    assert (spent[2].steps, spent[2].forwards, spent[2].losses) == (0, 0, [])
 
 
 # ---- many models

@@ -23,7 +23,7 @@ def reestimate_batchnorm(model: Model, loader: Iterable[Any]) -> Model:
     """Sets the running statistics of every batch norm to their mean over ``loader``, each sample counted once; returns the model.
 
     Only the batch-norm layers are in training mode for the pass; then every module's mode, momentum and count of batches is as
-    it was. A model without running statistics is left alone.
+    it was. So are the statistics where the pass fails. A model without running statistics is left alone.
 
     Args:
         model: changed in place.
@@ -53,11 +53,12 @@ def gathering_statistics(*models: nn.Module) -> Iterator[Callable[[int], None]]:
     """For the block the models evaluate, except that their batch norms use each batch's statistics and gather them.
 
     Gives a function to be called with the size of each batch before it is passed; from its first call on, the running statistics
-    are the mean over the batches seen, by size. At the end every module's mode, momentum and count of batches is as it was.
+    are the mean over the batches seen, by size. At the end every module's mode, momentum and count of batches is as it was, and
+    after an exception so are the statistics.
     """
     layers = [layer for model in models for layer in _layers(model)]
     modes = [(module, module.training) for model in models for module in model.modules()]
-    kept = [(m, m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in layers]
+    kept = [(m, m.momentum, {name: buffer.clone() for name, buffer in m.named_buffers(recurse=False)}) for m in layers]
     seen = 0
 
     def count(samples: int) -> None:
@@ -74,11 +75,16 @@ def gathering_statistics(*models: nn.Module) -> Iterator[Callable[[int], None]]:
         for layer in layers:
             layer.train()
         yield count
+    except BaseException:
+        for layer, _, buffers in kept:
+            for name, buffer in buffers.items():
+                layer.get_buffer(name).copy_(buffer)
+        raise
     finally:
-        for layer, momentum, batches in kept:
+        for layer, momentum, buffers in kept:
             layer.momentum = momentum
-            if batches is not None:
-                layer.num_batches_tracked.copy_(batches)  # type: ignore[union-attr]
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.copy_(buffers["num_batches_tracked"])
         for module, training in modes:
             module.training = training
 

@@ -46,7 +46,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
-from weightroom import train
+from weightroom import metrics, train
 from weightroom.distill import KDObjective, SoftmaxKDLoss
 from weightroom.errors import UsageError, check_range
 
@@ -62,7 +62,7 @@ class StageSharedEncoder(nn.Module):
     layer i), so that it can stand for the list of layers of a model that loops over them.
 
     Args:
-        block_factory: called once for each stage, without arguments; returns a module whose output has its input's shape.
+        block_factory: called once for each stage, without arguments; returns a new module whose output has its input's shape.
         repeats: times >= 1 that each stage's block is applied.
         drop_path: probability in [0, 1) that the last layer is skipped for a sample while training; it rises linearly with the
             position from 0 at the first layer, whatever block is there. Used by ``forward`` alone.
@@ -73,8 +73,8 @@ class StageSharedEncoder(nn.Module):
         schedule: the stage of each layer, (0, 0, 0, 1, ...): the ``source`` of a descendant that computes the same.
 
     Raises:
-        ValueError: ``repeats`` is empty or has an entry < 1, ``drop_path`` is out of range, or a block's output (of ``forward``) has
-            not its input's shape.
+        ValueError: ``repeats`` is empty or has an entry < 1, ``drop_path`` is out of range, two blocks are the same or share a
+            parameter, or a block's output (of ``forward``) has not its input's shape.
         TypeError: ``repeats`` holds something else than integers, or ``block_factory`` does not return a module.
 
     Warns:
@@ -91,6 +91,7 @@ class StageSharedEncoder(nn.Module):
             raise UsageError("repeats must have an entry >= 1 for each stage, got none")
         self.drop_path = float(drop_path)
         self.blocks = nn.ModuleList(_checked(block_factory(), f"blocks[{s}]") for s in range(len(self.repeats)))
+        _check_distinct(self.blocks)
         mixed = [
             s for s, (block, n) in enumerate(zip(self.blocks, self.repeats, strict=True)) if n > 1 and _has_batch_norm(block)
         ]
@@ -189,7 +190,8 @@ def learngene_expand(
         UserWarning: ``source`` decreases and ``allow_unordered``, or fewer layers than stages (see ``default_source``).
     """
     stages = [_checked(block, f"blocks[{s}]") for s, block in enumerate(blocks)]
-    return _copies(stages, _source(len(stages), depth, source, allow_unordered), {})
+    chosen = _source(len(stages), depth, source, allow_unordered)
+    return _copies([metrics.copy_model(stage) for stage in stages], chosen, {})
 
 
 def build_descendant(
@@ -230,6 +232,7 @@ def build_descendant(
         vit.blocks = StageSharedEncoder(lambda: Block(dim=384, num_heads=6))     # a model of timm
         build_descendant(vit, 12, source=[0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4])
     """
+    aux = metrics.copy_model(aux)  # so that what is masked can be copied further
     old = _container(aux, blocks_attr)
     stages = old.blocks if isinstance(old, StageSharedEncoder) else old
     chosen = _source(len(stages), depth, source, allow_unordered)
@@ -424,6 +427,15 @@ def _checked(block: Any, name: str) -> nn.Module:
         if width is not None and out is not None and width != out:
             raise UsageError(f"{name} must have outputs as wide as its inputs, so that it can be repeated, got {width} and {out}")
     return block
+
+
+def _check_distinct(blocks: Iterable[nn.Module]) -> None:
+    owners: dict[int, int] = {}
+    for s, block in enumerate(blocks):
+        for name, own in [("", block), *block.named_parameters()]:
+            if (other := owners.setdefault(id(own), s)) != s:
+                how = f"shares {name!r} with" if name else "is"
+                raise UsageError(f"block_factory must make a new block at each call, but blocks[{s}] {how} blocks[{other}]")
 
 
 def _has_batch_norm(block: nn.Module) -> bool:

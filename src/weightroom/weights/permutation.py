@@ -15,10 +15,9 @@ Ainsworth, Hayase, Srinivasa, "Git Re-Basin: Merging Models modulo Permutation S
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from weightroom.errors import UsageError
+from weightroom.metrics import copy_model, device_of
 
 __all__ = ["PermutationSpec", "apply_permutation", "identity", "moved"]
 
@@ -118,30 +118,45 @@ class PermutationSpec:
 
     @classmethod
     def trace(cls, model: nn.Module, example_input: Any) -> PermutationSpec:
-        """Returns the spec of a model, found by running it symbolically (``torch.fx``) and once on an example, as a copy.
+        """Returns the spec of a model, found by running it symbolically (``torch.fx``) and on an example, as a copy in eval mode.
 
         It follows units through linear layers, convolutions and transposed ones, embeddings, norms, activations, pooling,
         reshaping, reductions and elementwise sums and products: perceptrons, VGGs, residual networks. Units that reach the output
-        are not permuted. A tensor under several keys is moved under all of them.
+        are not permuted. A tensor under several keys is moved under all of them. What is found is tried on the example, with
+        other weights of which none is zero.
 
         Args:
             model: any module; it is left as it was.
-            example_input: an input, or a tuple of inputs.
+            example_input: an input, or a tuple of inputs, with a first dimension for the batch.
 
         Raises:
-            NotImplementedError: the model cannot be traced, or does with hidden units what is not in the list, such as a grouped
-                convolution or a concatenation of channels; the message names the module or function.
+            NotImplementedError: the model cannot be traced, or its forward pass branches on its input; it does with hidden units
+                what is not in the list, such as a grouped convolution or a concatenation of channels; or a permutation changes
+                its outputs. The message names the module or function where that is known.
         """
-        model = copy.deepcopy(model).eval()
+        model = _disturbed(copy_model(model).eval())
+        name, device = type(model).__name__, device_of(model)
+        inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+        expected = _run(model, inputs, device)
         try:
-            graph = fx.symbolic_trace(model)
+            graph = _run(lambda: fx.symbolic_trace(model), (), device)
+            found = _run(fx.Interpreter(graph).run, inputs, device)
+            _run(ShapeProp(graph).propagate, inputs, device)
         except Exception as error:
-            raise NotImplementedError(
-                f"{type(model).__name__} cannot be traced by torch.fx ({error}): describe it by PermutationSpec(axes_to_perm=...)"
-            ) from error
-        with torch.no_grad():
-            ShapeProp(graph).propagate(*(example_input if isinstance(example_input, tuple) else (example_input,)))
-        return cls(_Tracer(model, graph).run())
+            reason, *_ = str(error).split("\n")
+            raise _by_hand(f"{name} cannot be traced by torch.fx ({reason})") from error
+        if not _equal(found, expected, model):
+            raise _by_hand(f"{name} is not what torch.fx traces: its forward pass has a branch that depends on its input")
+        spec, unknown = cls(_Tracer(model, graph).run()), f"not all that {name} does with hidden units is known"
+        try:
+            sizes = spec.sizes(model.state_dict())
+        except UsageError as error:
+            raise _by_hand(f"{unknown} ({error})") from error
+        moving = {key: value for key, value in model.state_dict().items() if key in spec.axes_to_perm}
+        model.load_state_dict(apply_permutation(spec, _cycles(sizes), moving), strict=False)
+        if not _equal(_run(model, inputs, device), expected, model):
+            raise _by_hand(f"{unknown}: a permutation of those that were found changes the outputs")
+        return spec
 
 
 def identity(sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -200,6 +215,56 @@ def _of(kind: Any, value: Any) -> Any:
     if not isinstance(value, kind):
         raise TypeError
     return value
+
+
+# ---- trying a spec
+
+
+@torch.no_grad()
+def _disturbed(model: nn.Module) -> nn.Module:
+    """Other weights, in place: those that are all zero or all one would hide what happens to them."""
+    g = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        if p.is_floating_point():
+            noise = torch.rand(p.shape, generator=g).to(p)
+            p.copy_(torch.where(p == 0, 0.2 * noise - 0.1, p * (0.5 + noise)))
+    return model
+
+
+def _run(call: Callable[..., Any], inputs: Sequence[Any], device: torch.device) -> Any:
+    """The inputs and the random state stay as they were, so that a random model gives the same each time."""
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        return call(*(x.clone() if isinstance(x, Tensor) else x for x in inputs))
+
+
+def _cycles(sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Random permutations in which no unit stays."""
+    g = torch.Generator().manual_seed(0)
+    orders = {name: torch.randperm(n, generator=g) for name, n in sizes.items()}
+    return {name: order.roll(1)[order.argsort()] for name, order in orders.items()}
+
+
+def _equal(found: Any, expected: Any, model: nn.Module) -> bool:
+    """Whether all tensors in outputs are the same up to half of their digits: rounding never takes more."""
+    a, b = list(_tensors(found)), list(_tensors(expected))
+    eps = max([torch.finfo(t.dtype).eps for t in (*b, *model.parameters()) if t.is_floating_point()], default=0.0)
+    if any(t.is_cuda for t in b):
+        eps = max(eps, torch.finfo(torch.float16).eps)  # TF32 has as many digits
+    if [t.shape for t in a] != [t.shape for t in b]:
+        return False
+    pairs = [[t.to("cpu", torch.float64).nan_to_num(0, 0, 0) for t in pair] for pair in zip(a, b, strict=True)]
+    return all((one - other).norm() <= math.sqrt(eps) * other.norm() for one, other in pairs)
+
+
+def _tensors(outputs: Any) -> Iterable[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, tuple | list | Mapping):
+        for part in outputs.values() if isinstance(outputs, Mapping) else outputs:
+            yield from _tensors(part)
+
+
+# ---- tracing
 
 
 class _Units(NamedTuple):
@@ -281,6 +346,8 @@ class _Tracer:
         if isinstance(module, nn.Linear | _ConvNd | nn.Embedding):
             if getattr(module, "groups", 1) != 1:
                 raise _refused(f"{what}, a grouped convolution")
+            if isinstance(module, _ConvNd) and len(self.shape(node)) < module.weight.ndim:
+                raise _refused(f"{what}, which reads a sample without a batch dimension (give the example one)")
             transposed = isinstance(module, _ConvTransposeNd | nn.Embedding)
             axis = 1 if isinstance(module, _ConvNd) else len(self.shape(node)) - 1
             if units is not None and units.axis != axis:
@@ -325,7 +392,14 @@ class _Tracer:
         """Aligns operands from the right, as broadcasting does; units that meet are united, with what is no unit they are fixed."""
         ndim = len(self.shape(node))
         operands = [(n, self.units[n], ndim - len(self.shape(n))) for n in node.all_input_nodes if "tensor_meta" in n.meta]
-        first, *others = [_Units(u.group, u.axis + shift, u.block) for _, u, shift in operands if u is not None]
+        moving = [
+            _Units(u.group, u.axis + shift, u.block)
+            for n, u, shift in operands
+            if u is not None and self.shape(n)[u.axis] == self.shape(node)[u.axis + shift]
+        ]
+        if not moving:  # a single unit, for many
+            return None
+        first, *others = moving
         for other in others:
             if other[1:] != first[1:]:
                 raise _refused(f"the sum or product {node.name!r} of hidden units along different axes")
@@ -336,8 +410,10 @@ class _Tracer:
         return first
 
     def spatial(self, node: fx.Node, units: _Units | None, what: str) -> _Units | None:
-        if units is not None and (units.axis != 1 or len(self.shape(node)) < 3):
-            raise _refused(f"{what} across hidden units")
+        if units is not None:
+            before, after = self.shape(node.all_input_nodes[0]), self.shape(node)
+            if units.axis != 1 or len(after) < 3 or before[1] != after[1]:
+                raise _refused(f"{what} across hidden units")
         return units
 
     def reduce(self, node: fx.Node, units: _Units | None) -> _Units | None:
@@ -395,4 +471,8 @@ class _Tracer:
 
 
 def _refused(what: str) -> NotImplementedError:
-    return NotImplementedError(f"no permutation is known for {what}: describe the model by PermutationSpec(axes_to_perm=...)")
+    return _by_hand(f"no permutation is known for {what}")
+
+
+def _by_hand(why: str) -> NotImplementedError:
+    return NotImplementedError(f"{why}: describe the model by PermutationSpec(axes_to_perm=...)")

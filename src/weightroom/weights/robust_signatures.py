@@ -21,44 +21,33 @@ they are layers like others. Like it, a patch gives a batch-norm network the rob
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from weightroom.errors import UsageError, check_range, unknown
 from weightroom.train import reestimate_batchnorm
+from weightroom.weights import signature_files
+from weightroom.weights.signature_files import Codes, Mode
 
 __all__ = ["RobustWeightSignature", "apply_", "patch", "remove_"]
 
-Mode = Literal["linear", "log", "tanh"]
 Weights = Mapping[str, Tensor] | nn.Module
 Layers = int | Sequence[str] | Callable[[str], bool]
 Model = TypeVar("Model", bound=nn.Module)
 
-_FORMAT, _VERSION = "weightroom.RobustWeightSignature", "1"
 #: Entries that are summed in float64 at once, so that they fit in the cache.
 _BLOCK = 2**15
 #: Attribute of a patched model that remembers what to take off.
 _RECORD = "_weight_patches"
-#: In which scale the values of a quantised tensor are evenly spread, and the way back.
-_SCALES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
-    "linear": (np.positive, np.positive),
-    "log": (np.log2, np.exp2),
-    "tanh": (np.tanh, np.arctanh),
-}
 
 
 def signature_of(pre: Tensor, standard: Tensor, robust: Tensor, project: bool = True) -> Tensor:
@@ -77,77 +66,6 @@ def signature_of(pre: Tensor, standard: Tensor, robust: Tensor, project: bool = 
         for a, b, v in blocks:
             v.copy_(v.to(wide) - along * (b - a).to(wide))
     return d_c.view(standard.shape)
-
-
-@dataclass(frozen=True)
-class _Codes:
-    """A tensor as integers: code q of n stands for the value that lies q / (n - 1) of the way from ``low`` to ``high``.
-
-    In the scale "log" the codes are those of |x|, plus n for a negative x; 2 n is zero.
-    """
-
-    packed: Tensor
-    bits: int
-    low: Tensor
-    high: Tensor
-    levels: int
-    mode: Mode
-    shape: tuple[int, ...]
-
-    @classmethod
-    def encode(cls, x: Tensor, levels: int, mode: Mode) -> _Codes:
-        values = x.detach().cpu().double().flatten().numpy()
-        n, size, kept = levels, values, values
-        if mode == "log":
-            n, size = levels // 2, np.abs(values)
-            kept = size[size > 0]
-        low, high = (kept.min(), kept.max()) if len(kept) else (0.0, 0.0)
-        there, _ = _scale(mode, low, high)
-        with np.errstate(divide="ignore"):
-            share = (there(size) - there(low)) / (there(high) - there(low)) if high > low else np.zeros_like(size)
-        codes = np.rint(np.clip(share, 0, 1) * (n - 1)).astype(np.int64)
-        if mode == "log":
-            codes = np.where(values == 0, 2 * n, codes + n * (values < 0))
-        bits = max(1, int(codes.max(initial=0)).bit_length())
-        ends = [torch.tensor(end, dtype=x.dtype) for end in (low, high)]
-        return cls(_pack(codes, bits), bits, ends[0], ends[1], levels, mode, tuple(x.shape))
-
-    def decode(self) -> Tensor:
-        codes = _unpack(self.packed, self.bits, math.prod(self.shape))
-        low, high = float(self.low), float(self.high)
-        n, zero, negative = self.levels, np.zeros(len(codes), bool), np.zeros(len(codes), bool)
-        if self.mode == "log":
-            n = self.levels // 2
-            zero, negative, codes = codes == 2 * n, codes // n == 1, codes % n
-        there, back = _scale(self.mode, low, high)
-        start, end = there(low), there(high)
-        with np.errstate(divide="ignore"):
-            values = np.clip(back(np.clip(codes / (n - 1) * (end - start) + start, start, end)), low, high)
-        values = np.where(codes == 0, low, np.where(codes == n - 1, high, values))
-        values = np.where(zero, 0.0, np.where(negative, -values, values))
-        return torch.from_numpy(values).to(self.low.dtype).view(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.packed.nbytes + self.low.nbytes + self.high.nbytes
-
-
-def _scale(mode: Mode, low: float, high: float) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    """The scale and the way back; linear where the extremes cannot be told apart in it (tanh 19 = tanh 20 = 1)."""
-    there, back = _SCALES[mode]
-    return (there, back) if low < high and there(low) < there(high) else _SCALES["linear"]
-
-
-def _pack(codes: NDArray[np.int64], bits: int) -> Tensor:
-    return torch.from_numpy(np.packbits(np.stack([(codes >> i & 1).astype(np.uint8) for i in range(bits)], 1)))
-
-
-def _unpack(packed: Tensor, bits: int, count: int) -> NDArray[np.int64]:
-    flags = np.unpackbits(packed.numpy(), count=count * bits).reshape(count, bits)
-    codes = np.zeros(count, np.int64)
-    for i in range(bits):
-        codes |= flags[:, i].astype(np.int64) << i
-    return codes
 
 
 class RobustWeightSignature(Mapping):
@@ -178,7 +96,7 @@ class RobustWeightSignature(Mapping):
         batchnorm: Mapping[str, Tensor] | None = None,
         models: int = 1,
     ) -> None:
-        self._tensors: dict[str, Tensor | _Codes] = {}
+        self._tensors: dict[str, Tensor | Codes] = {}
         self.corruption, self.architecture, self.models = corruption, architecture, models
         self.batchnorm = {name: t.detach().clone() for name, t in (batchnorm or {}).items()}
         for name, tensor in tensors.items():
@@ -210,8 +128,8 @@ class RobustWeightSignature(Mapping):
 
         Raises:
             ValueError: a tensor is missing or has different shapes (it is named), there are fewer than ``layers`` layers, no
-                such layer, the signature would not be finite, or the state dict is in alphabetical order (as safetensors
-                reads it), so that nobody knows which layers come first.
+                such layer, the signature would not be finite, or nobody knows which layers come first: the state dict is in
+                alphabetical order (as safetensors reads it), or a weight is masked or parametrised.
             TypeError: ``layers`` is neither a number, nor a list of names, nor a function.
         """
         states = {name: _state(weights) for name, weights in (("pre", pre), ("standard", standard), ("robust", robust))}
@@ -276,12 +194,12 @@ class RobustWeightSignature(Mapping):
             ValueError: ``levels`` or ``mode`` is out of range.
             TypeError: ``levels`` is not an integer.
         """
-        if mode not in _SCALES:
-            raise unknown("mode", mode, _SCALES)
+        if mode not in signature_files.SCALES:
+            raise unknown("mode", mode, signature_files.SCALES)
         if not isinstance(levels, int):
             raise TypeError(f"levels must be an integer, got {levels!r}")
         check_range("levels", levels, low=4 if mode == "log" else 2, high=2**32)
-        return self._with({name: _Codes.encode(tensor, levels, mode) for name, tensor in self.items()})
+        return self._with({name: Codes.encode(tensor, levels, mode) for name, tensor in self.items()})
 
     @property
     def nbytes(self) -> int:
@@ -295,17 +213,8 @@ class RobustWeightSignature(Mapping):
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes a safetensors file; quantised tensors stay quantised."""
-        tensors, codes = {f"batchnorm/{name}": t for name, t in self.batchnorm.items()}, {}
-        for name, stored in self._tensors.items():
-            if isinstance(stored, _Codes):
-                codes[name] = {key: getattr(stored, key) for key in ("bits", "levels", "mode", "shape")}
-                tensors |= {f"{key}/{name}": getattr(stored, key) for key in ("packed", "low", "high")}
-            else:
-                tensors[f"tensor/{name}"] = stored
-        about: dict[str, Any] = {"corruption": self.corruption, "architecture": self.architecture, "models": self.models}
-        about |= {"names": list(self), "codes": codes}
-        metadata = {"format": _FORMAT, "version": _VERSION, "about": json.dumps(about)}
-        save_file({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, path, metadata=metadata)
+        words = {"corruption": self.corruption, "architecture": self.architecture, "models": self.models}
+        signature_files.write(path, self._tensors, self.batchnorm, words)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RobustWeightSignature:
@@ -315,26 +224,10 @@ class RobustWeightSignature(Mapping):
             FileNotFoundError: there is no such file.
             ValueError: the file is not a signature, or of another version.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UsageError(f"{path} is not a signature: {error}") from None
-        if (metadata.get("format"), metadata.get("version")) != (_FORMAT, _VERSION):
-            found = f"{metadata.get('format')!r}, version {metadata.get('version')!r}"
-            raise UsageError(f"{path} is not a signature that can be read: {found}, not {_FORMAT!r}, version {_VERSION!r}")
-        about = json.loads(metadata["about"])
-        part = lambda kind: {n.removeprefix(kind): t for n, t in tensors.items() if n.startswith(kind)}  # noqa: E731
-        words = {key: about[key] for key in ("corruption", "architecture", "models")}
-        loaded = cls(part("tensor/"), batchnorm=part("batchnorm/"), **words)
-        for name, how in about["codes"].items():
-            stored = {key: tensors[f"{key}/{name}"] for key in ("packed", "low", "high")}
-            loaded._tensors[name] = _Codes(**stored, **{**how, "shape": tuple(how["shape"])})
-        loaded._tensors = {name: loaded._tensors[name] for name in about["names"]}
-        return loaded
+        tensors, batchnorm, words = signature_files.read(path)
+        return cls({}, batchnorm=batchnorm, **words)._with(tensors)
 
-    def _with(self, tensors: Mapping[str, Tensor | _Codes]) -> RobustWeightSignature:
+    def _with(self, tensors: Mapping[str, Tensor | Codes]) -> RobustWeightSignature:
         words = {key: getattr(self, key) for key in ("corruption", "architecture", "batchnorm", "models")}
         new = RobustWeightSignature({n: t for n, t in tensors.items() if isinstance(t, Tensor)}, **words)
         new._tensors = dict(tensors)
@@ -342,7 +235,7 @@ class RobustWeightSignature(Mapping):
 
     def __getitem__(self, name: str) -> Tensor:
         stored = self._tensors[name]
-        return stored.decode() if isinstance(stored, _Codes) else stored
+        return stored.decode() if isinstance(stored, Codes) else stored
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -595,11 +488,24 @@ def _weighted(tensors: Mapping[str, Tensor]) -> list[str]:
     return [_owner(n) for n, t in tensors.items() if n.rpartition(".")[2] == "weight" and t.ndim >= 2]
 
 
+def _check_plain(tensors: Mapping[str, Tensor]) -> None:
+    for name in tensors:
+        owner, _, own = name.rpartition(".")
+        path = f".{owner}".removesuffix(".parametrizations.weight")
+        if own in ("weight_orig", "weight_g") or path != f".{owner}":
+            where = f"module {path[1:]!r}" if path[1:] else "the model itself"
+            raise UsageError(
+                f"the weight of {where} is computed from other tensors (a mask, a parametrisation), so that layers cannot be counted: "
+                "make it plain first (torch.nn.utils.prune.remove, parametrize.remove_parametrizations), or name the layers"
+            )
+
+
 def _choose(tensors: Mapping[str, Tensor], layers: Layers, norms: Sequence[str]) -> list[str]:
     able = [name for name, tensor in tensors.items() if tensor.is_floating_point() and name not in set(norms)]
     if isinstance(layers, bool) or not (isinstance(layers, int) or callable(layers) or isinstance(layers, Sequence)):
         raise TypeError(f"layers must be a number, a list of names or a function of a name, got {layers!r}")
     if isinstance(layers, int):
+        _check_plain(tensors)
         found = _weighted(tensors)
         if not 1 <= layers <= len(found):
             raise UsageError(

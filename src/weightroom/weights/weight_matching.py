@@ -29,7 +29,6 @@ keeps a reference to the best permutation that later steps overwrite, so it retu
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -141,6 +140,7 @@ def ste_matching(
     *,
     optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
     select: Iterable[Any] | None = None,
+    on_fit: Callable[[train.Fit], None] | None = None,
 ) -> dict[str, Tensor]:
     r"""Returns permutations of ``state_b`` found with data, by straight-through descent on the loss at the midpoint.
 
@@ -167,6 +167,7 @@ def ste_matching(
         seed: of the order of the visits and of ``loader``, if that draws from torch's generator.
         optimizer: makes another optimizer of X than SGD with ``lr`` and ``momentum``.
         select: batches whose mean loss at the midpoint chooses the permutation, instead of the loss of each step's own batch.
+        on_fit: called once with what the search has spent; the passes over ``select`` count as forward passes.
 
     Returns:
         Permutation -> int64 indices on the CPU.
@@ -186,6 +187,11 @@ def ste_matching(
     buffers = [name for name, _ in latent.named_buffers() if name in a]
     perm = weight_matching(spec, latent.state_dict(), b, seed=seed)
     best, lowest, chosen = perm, math.inf, None
+    done, forwards = train.Fit(), 0
+
+    def count(*_: Any) -> None:
+        nonlocal forwards
+        forwards += 1
 
     def middle(Y: State) -> dict[str, Tensor]:
         return interpolate({key: a[key] for key in (*X, *buffers)}, Y, 0.5)
@@ -213,7 +219,11 @@ def ste_matching(
     make = (lambda params: SGD(params, lr=lr, momentum=momentum)) if optimizer is None else optimizer
     if epochs:
         batches = DataLoader(cast(Any, loader), batch_size=None) if isinstance(loader, Sequence) else loader
-        train.fit(latent, batches, step=step, optimizer=make, epochs=epochs, seed=seed)
+        probe.register_forward_hook(count)
+        done = train.fit(latent, batches, step=step, optimizer=make, epochs=epochs, seed=seed)
+        done.forwards, done.backwards = forwards, done.steps
+    if on_fit is not None:
+        on_fit(done)
     return best
 
 
@@ -226,16 +236,22 @@ def interpolate(state_a: State, state_b: State, t: float) -> dict[str, Tensor]:
         t: where on the line; outside [0, 1] it extrapolates, with a warning.
 
     Raises:
-        ValueError: the states differ in a key or shape.
+        ValueError: the states differ in a key or shape, or ``t`` is not finite.
     """
+    check_range("t", t, open_low=True, open_high=True)
     if not 0 <= t <= 1:
         warnings.warn(f"t = {t:g} is outside [0, 1]: this extrapolates", stacklevel=2)
     _check_same(state_a, state_b)
     nearer = state_a if t < 0.5 else state_b
-    return {
-        key: torch.lerp(a, state_b[key].to(a), t) if a.is_floating_point() or a.is_complex() else nearer[key].clone()
-        for key, a in state_a.items()
-    }
+
+    def between(key: str, a: Tensor) -> Tensor:
+        if not (a.is_floating_point() or a.is_complex()):
+            return nearer[key].clone()
+        if t in (0, 1):  # the other end may be infinite
+            return nearer[key].to(a, copy=True)
+        return torch.lerp(a, state_b[key].to(a), t)
+
+    return {key: between(key, a) for key, a in state_a.items()}
 
 
 def loss_path(
@@ -245,7 +261,7 @@ def loss_path(
     """Returns the points t of an even grid on [0, 1] and the mean loss at each (1 - t) a + t b; see ``loss_barrier``."""
     if points < 2:
         raise UsageError(f"points must be >= 2, got {points}")
-    probe = copy.deepcopy(model)
+    probe = metrics.copy_model(model)
     grid = [i / (points - 1) for i in range(points)]
     return grid, [_mean_loss(probe, interpolate(state_a, state_b, t), loader, loss_fn, reset) for t in grid]
 
@@ -281,7 +297,7 @@ def taylor_barrier(model: nn.Module, state_a: State, state_b: State, loader: Ite
 
     The arguments are those of ``loss_barrier``; statistics of batch norm stay those of each end.
     """
-    probe = copy.deepcopy(model).eval().requires_grad_(True)
+    probe = metrics.copy_model(model).eval().requires_grad_(True)
     _check_same(state_a, state_b)
     slopes, curvatures = [], []
     for state in (state_a, state_b):
@@ -321,9 +337,10 @@ def alignment_score(spec: PermutationSpec, state_a: State, state_b: State, gamma
         R_\gamma = \sum_l \sum_{ij} (u_i^a \cdot u_j^b)(v_i^a \cdot v_j^b) \Big/ \sum_l n_l
                  = \sum_l \langle U_a V_a^\top, U_b V_b^\top \rangle \Big/ \sum_l n_l
 
-    over the layers l of the spec. Each model keeps the vectors with :math:`s_i \ge \gamma s_1` and a singular value that is not
-    zero; :math:`n_l` is the geometric mean of how many the two keep. The inner product of polar factors is the double sum
-    without its arbitrary signs. Permute ``state_b`` first. A convolution is a matrix of out times the rest.
+    over the layers l of the spec. Each model keeps the vectors with :math:`s_i \ge \gamma s_1` and a singular value above what the
+    rounding of the weights makes of zero; :math:`n_l` is the geometric mean of how many the two keep. The inner product of polar
+    factors is the double sum without its arbitrary signs. Permute ``state_b`` first. A convolution is a matrix of out times the
+    rest.
 
     Args:
         spec: of whose matrices the score is taken.
@@ -458,7 +475,9 @@ def _polar(w: Tensor, gamma: float) -> tuple[Tensor, int]:
     """U V' of the singular vectors that are kept, and how many these are."""
     W = _double(w).flatten(1)
     U, s, Vh = torch.linalg.svd(W, full_matrices=False)
-    tiny = max(W.shape) * torch.finfo(w.dtype).eps
+    tiny = max(
+        torch.finfo(w.dtype).eps / 2, max(W.shape) * torch.finfo(W.dtype).eps
+    )  # rounding: of weights, of the decomposition
     k = int((s >= max(gamma, tiny) * s[0]).sum()) if s[0] > 0 else 0
     return U[:, :k] @ Vh[:k], k
 
@@ -477,7 +496,7 @@ def mean_state(states: Sequence[State]) -> dict[str, Tensor]:
 
 
 def _loaded(model: nn.Module, state: State) -> nn.Module:
-    model = copy.deepcopy(model)
+    model = metrics.copy_model(model)
     model.load_state_dict(state)
     return model.requires_grad_(True)
 
