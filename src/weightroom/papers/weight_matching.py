@@ -55,6 +55,10 @@ def _to_the_mean(trained: Trained) -> list[State]:
     return match_many(trained.spec, trained.states, seed=trained.trial.seed)
 
 
+def _spend(trial: Trial, done: train.Fit) -> None:
+    trial.spend(train_seconds=done.seconds, steps=done.steps, forwards=done.forwards, backwards=done.backwards)
+
+
 def _straight_through(trained: Trained, lr: float, epochs: int) -> list[State]:
     task, trial, (first, *others) = trained.task, trained.trial, trained.states
     batches = train.Batches(task.train, 256, seed=trial.seed)
@@ -62,7 +66,7 @@ def _straight_through(trained: Trained, lr: float, epochs: int) -> list[State]:
     def matched(state: State) -> State:
         perm = ste_matching(
             trained.spec, trained.model(first), first, state, batches, task.loss, trial.scale.pick(min(2, epochs), epochs, epochs),
-            seed=trial.seed, optimizer=lambda params: torch.optim.Adam(params, lr),
+            seed=trial.seed, optimizer=lambda params: torch.optim.Adam(params, lr), on_fit=partial(_spend, trial),
         )  # fmt: skip
         return apply_permutation(trained.spec, perm, state)
 
@@ -142,7 +146,7 @@ def _straight(
     return ste_matching(
         spec, model, a, b, train.Batches(held, 256, seed=seed), task.loss, passes, init=init, seed=seed,
         optimizer=lambda params: torch.optim.Adam(params, trial.params["lr"]),
-        select=train.Batches(held, 1024, shuffle=False) if select else None,
+        select=train.Batches(held, 1024, shuffle=False) if select else None, on_fit=partial(_spend, trial),
     )  # fmt: skip
 
 
