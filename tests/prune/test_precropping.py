@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -21,6 +22,7 @@ from weightroom.prune import PreCrop, RandomPruner, SynFlowPruner, WidthPlan, la
 from weightroom.prune import precropping as part
 from weightroom.prune.base import prunable
 from weightroom.prune.synflow import _Flow
+from weightroom.prune.widths import Layout, _chain, _channels, _traced, layout_of, uses_of
 
 CHANNELS = (1, 16, 32, 32, 64)
 
@@ -333,7 +335,7 @@ def test_the_network_meets_the_budget_and_no_channel_more_would(name, how):
     assert small(x).shape == model(x).shape
     limits = {"all": how["params"] * size(model)} if "params" in how else {}
     limits |= {"flops": how["flops"] * 2 * 1.0 * _macs(model, x)} if "flops" in how else {}
-    layout = part._layout(model, x, True)
+    layout = layout_of(model, x, True)
     w = _variables(layout, plan)
     for kind, limit in limits.items():
         assert layout.cost(kind, w) <= limit + 1e-6
@@ -350,10 +352,10 @@ def test_the_network_meets_the_budget_and_no_channel_more_would(name, how):
 
 
 def _macs(model: nn.Module, x: Tensor) -> int:
-    return sum(m.weight.numel() * uses for m, uses in part._uses(model, x).items())
+    return sum(m.weight.numel() * uses for m, uses in uses_of(model, x).items())
 
 
-def _variables(layout: part._Layout, plan: WidthPlan) -> np.ndarray:
+def _variables(layout: Layout, plan: WidthPlan) -> np.ndarray:
     """The widths that a plan's layers show."""
     given = np.array([plan.widths[name] for name in layout.names], dtype=float)
     return np.array(
@@ -385,7 +387,7 @@ def test_uniform_densities_give_the_same_share_of_every_width():
 @pytest.mark.parametrize("share", [0.5, 0.2, 0.05])
 @pytest.mark.parametrize("count", ["all", "weights"])
 def test_the_geometric_programme_satisfies_its_conditions_of_optimality(share, count):
-    layout = part._layout(plain(), None, False)
+    layout = layout_of(plain(), None, False)
     budgets = part._Budgets(layout, share, None, count)
     free = ~layout.held
     low, high = np.where(free, 1.0, layout.sizes), layout.sizes
@@ -408,7 +410,7 @@ def test_the_geometric_programme_satisfies_its_conditions_of_optimality(share, c
 
 def test_derivative_of_the_count():
     model, x = build("plain")
-    layout = part._layout(model, x, True)
+    layout = layout_of(model, x, True)
     w = layout.sizes * 0.7
     for kind in ("all", "weights", "flops"):
         numeric = [(layout.cost(kind, w + 1e-4 * e) - layout.cost(kind, w - 1e-4 * e)) / 2e-4 for e in np.eye(len(w))]
@@ -422,7 +424,7 @@ def test_blocks_keep_the_width_of_what_is_added():
     assert [widths[n] for n in ("stem.0", "stages.0.conv2", "stages.1.conv2")] == [16, 16, 16]
     assert [widths[n] for n in ("stages.2.conv2", "stages.2.shortcut.0", "stages.3.conv2")] == [32, 32, 32]
     inner = {n: widths[n] for n in widths if n.endswith("conv1")}
-    layout = part._layout(model, x, False)
+    layout = layout_of(model, x, False)
     ratio = part._square_root_rule(layout, plan.densities, ~layout.held & ~layout.added)
     for name, width in inner.items():
         block = [plan.densities[f"{name}.weight"], plan.densities[f"{name[:-1]}2.weight"]]
@@ -465,7 +467,7 @@ def test_activations_with_one_slope_and_norms_over_several_axes():
     assert widths["0"] < 8
     assert widths["2"] == 8
     if pytest.importorskip("torch_pruning"):
-        traced = part._traced(model, IMAGE)
+        traced = _traced(model, IMAGE)
         assert traced[0].given == {"0": 1.0}
         assert not traced[0].held
 
@@ -493,7 +495,7 @@ def test_chains_and_traces_agree():
     pytest.importorskip("torch_pruning")
     for name in ("plain", "convnet", "mlp", "flatten", "mobile"):
         model, x = build(name)
-        chain, traced = part._chain(model), part._traced(model, x)
+        chain, traced = _chain(model), _traced(model, x)
         assert chain is not None
         assert [(w.size, w.given, w.taken, w.held) for w in chain] == [(w.size, w.given, w.taken, w.held) for w in traced]
 
@@ -501,7 +503,7 @@ def test_chains_and_traces_agree():
 def test_a_declared_configuration_is_followed():
     model = Configured()
     x = torch.zeros(2, 6)
-    layout = part._layout(model, x, False)
+    layout = layout_of(model, x, False)
     assert layout.In[layout.names.index("c")].tolist() == [1, 1]
     plan = PreCrop(0.5).fit(model, x)
     small = plan.build(model, seed=0)
@@ -530,16 +532,44 @@ def test_a_fresh_draw_that_the_seed_decides():
 
 def test_a_trained_model_is_warned_about_and_ignored():
     fresh = PreCrop(0.3).fit(plain(), IMAGE)
-    for spoil in ("gradient", "statistics", "affine"):
+    for spoil in ("gradient", "affine", "spread"):
         model = plain()
         if spoil == "gradient":
             model.eval()(IMAGE).sum().backward()
-        elif spoil == "statistics":
-            model(IMAGE)
-        else:
+        elif spoil == "affine":
             model[1].weight.data[0] = 2.0
+        else:
+            model[-1].weight.data *= 5
         with pytest.warns(UserWarning, match="trained weights"):
             assert PreCrop(0.3).fit(model, IMAGE).widths == fresh.widths
+    bare = MLP((64, 32, 48, 10))
+    with torch.no_grad():
+        for parameter in bare.parameters():
+            parameter *= 5
+    with pytest.warns(UserWarning, match="trained weights"):
+        PreCrop(0.3).fit(bare)
+
+
+@every_model
+def test_an_untrained_model_is_not_warned_about(name):
+    for draw in (
+        lambda w: None,
+        nn.init.kaiming_normal_,
+        nn.init.orthogonal_,
+        nn.init.zeros_,
+        lambda w: nn.init.trunc_normal_(w, std=0.02),
+    ):
+        model, x = build(name)
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                draw(module.weight)
+        state = torch.get_rng_state()
+        with torch.no_grad():
+            model.train()(x)  # running statistics show no training
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            PreCrop(0.9).fit(model, x)
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_model_whose_code_fixes_a_width_is_refused_when_built():
@@ -551,13 +581,21 @@ def test_a_model_whose_code_fixes_a_width_is_refused_when_built():
     with pytest.raises(ValueError, match="its code fixes a width"):
         plan.build(model)
 
+    class Reversing(Fixed):
+        def forward(self, x):
+            return self[1](self[0](x)[:, list(range(7, -1, -1))])
+
+    model = Reversing(nn.Linear(6, 8), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match="its code fixes a width"):
+        PreCrop(0.5).fit(model, torch.zeros(1, 6)).build(model)
+
 
 def test_attention_and_raw_parameters_keep_their_widths():
     pytest.importorskip("torch_pruning")
     pytest.importorskip("transformers")
     model, x, _ = make("vit")
     plan = PreCrop(0.8).fit(model, x)
-    changed = {n for n, m in model.named_modules() if n in plan.widths and part._channels(m)[1] != plan.widths[n]}
+    changed = {n for n, m in model.named_modules() if n in plan.widths and _channels(m)[1] != plan.widths[n]}
     assert changed
     assert all(n.endswith("fc1") for n in changed)
     model, x, _ = make("attention")

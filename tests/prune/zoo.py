@@ -70,6 +70,35 @@ class Tied(nn.Module):
         return self.head(torch.relu(self.decode(torch.relu(self.encode(x)))))
 
 
+class Shuffled(nn.Module):
+    """Two convolutions with a channel shuffle between them, as in ShuffleNet."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 8, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(8, 6, 3, padding=1)
+        self.head = nn.Linear(6, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.conv1(x))
+        n, channels, *size = h.shape
+        h = h.view(n, 2, channels // 2, *size).transpose(1, 2).reshape(n, channels, *size)
+        return self.head(torch.relu(self.conv2(h)).mean((2, 3)))
+
+
+class InputAdded(nn.Module):
+    """A residual block around the input itself, which no layer makes."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 6, bias=False)
+        self.hidden = nn.Linear(6, 10)
+        self.head = nn.Linear(10, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.hidden(torch.relu(x + self.body(x)))))
+
+
 class Transformer(nn.Module):
     """A small vision transformer of the transformers library."""
 
@@ -146,6 +175,8 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "lstm": (Recurrent, SEQUENCE),
     "attention": (Attention, (5, 8)),
     "tied": (Tied, VECTOR),
+    "shuffle": (Shuffled, IMAGE),
+    "input added": (InputAdded, VECTOR),
     "vit": (Transformer, IMAGE),
     "swin": (HierarchicalTransformer, IMAGE),
 }

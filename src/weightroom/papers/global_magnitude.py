@@ -127,7 +127,7 @@ def _study(scale: Scale, net: str, task: Task, sparsities: tuple[float, ...], cl
         settings=settings,
         expect=[claim for claim in claims if claim.expect.on in settings],
         seeds=scale.pick(range(1), range(5), range(3), range(100, 103)),
-        max_seeds=scale.pick(1, 10, 3, 5),
+        max_seeds=scale.pick(1, 10, 3, 3),
         scale=scale,
         paper=PAPER,
         notes={

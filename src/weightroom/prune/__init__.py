@@ -18,10 +18,11 @@ from weightroom.prune.grasp import GraSPPruner
 from weightroom.prune.joint_layerwise import RDPlan, RDPruner, output_distortion
 from weightroom.prune.mfac import MFACPruner
 from weightroom.prune.plan import LayerSparsity, PruningPlan
-from weightroom.prune.precropping import PreCrop, WidthPlan, layerwise_density, shuffle_masks
+from weightroom.prune.precropping import PreCrop, layerwise_density, shuffle_masks
 from weightroom.prune.selective_activation import ActivateWhilePruning, ActivationPlan
 from weightroom.prune.snip import SNIPPruner
 from weightroom.prune.synflow import SynFlowPruner
+from weightroom.prune.widths import WidthPlan
 from weightroom.prune.wrapped import TrainTimePruner, WrappedModel
 
 __all__ = [

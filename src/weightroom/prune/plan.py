@@ -239,10 +239,10 @@ class PruningPlan:
         "shrink" (needs torch-pruning) leaves ``model`` alone and returns a plain, smaller copy with the masks made permanent,
         without (a) the plan's ``channels``, whatever they compute, and (b) every channel whose weights are all masked and
         whose output is exactly zero where it is used, after norm and activation, on ``example_inputs`` and on random inputs of
-        the same shapes. Removing (b) changes no output but by rounding. Channels of the model's outputs stay, and at least one
-        channel of every layer; so do those that the code reorders (flip, channel shuffle) or mixes with others by anything but
-        layers (a softmax or a mean over channels): under (a) that is an error. A norm over channels is a layer: after (a) it
-        runs over those that are left.
+        the same shapes if the model takes such. Removing (b) changes no output but by rounding. Channels of the model's outputs
+        stay, and at least one channel of every layer; so do those that the code reorders (flip, channel shuffle) or mixes with
+        others by anything but layers (a softmax or a mean over channels): under (a) that is an error. A norm over channels is a
+        layer: after (a) it runs over those that are left.
 
         "rebuild" is "shrink" followed by every module's own ``reset_parameters``: the architecture of the plan with fresh
         weights under torch's global random state, for training from scratch. None of the old weights survives.

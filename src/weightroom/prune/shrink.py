@@ -1,29 +1,44 @@
 """Cutting whole channels out of a model, on torch-pruning's dependency graph.
 
 A channel of one layer hangs together with channels of others: what normalises it, what reads it, what is added to it. The
-graph knows these groups; this module decides which of their channels may go, and keeps a cut that nobody named only where
-the model's output has not changed.
+graph knows these groups; this module decides which of their channels may go.
+
+The graph may be wrong: it takes a flip, a roll or a channel shuffle for something that leaves every channel in its place. So
+each cut is checked. In passes on random inputs, in which what every mixing layer gives is replaced by random numbers, every
+layer of the smaller model must be given just what it was given before, without the channels that are gone. Layers that agree
+on that one by one compute the same together, whatever their weights and whatever the input.
 """
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import prune as torch_prune
 
 from weightroom.errors import MissingExtraError
-from weightroom.metrics import copy_model
-from weightroom.prune.plan import Inputs, _mask_hooks, _refresh_output_projection, call, evaluating, sites
+from weightroom.metrics import copy_model, evaluating
+from weightroom.metrics.evaluate import _mask_hooks
+from weightroom.prune.plan import Inputs, _refresh_output_projection, call, sites
 
-__all__ = ["reset", "shrink"]
+__all__ = ["ChannelGraph", "depthwise", "reset", "shrink"]
+
+#: Factors of the random numbers of a check: the ordinary, and what opens a gate or passes a threshold far out.
+_SCALES = (1.0, 1.0, 100.0)
+_MIXERS = (nn.Linear, _ConvNd, nn.RNNBase, nn.MultiheadAttention)
+
+
+#: (layer's name, whether of its outputs) -> channels that are left, as they were numbered before the cuts.
+_Left = dict[tuple[str, bool], Tensor]
+_Noise = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,7 @@ class _Member:
     @property
     def produces(self) -> bool:
         """Whether the channel's values come from weights of this member."""
-        return self.out and isinstance(self.module, nn.Linear | _ConvNd) and not _depthwise(self.module)
+        return self.out and isinstance(self.module, nn.Linear | _ConvNd) and not depthwise(self.module)
 
     @property
     def reads(self) -> bool:
@@ -46,7 +61,7 @@ class _Member:
         return not self.out and isinstance(self.module, nn.Linear | _ConvNd)
 
 
-class _Graph:
+class ChannelGraph:
     """torch-pruning's view of one model: groups of channels that hang together."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
@@ -54,7 +69,9 @@ class _Graph:
             import torch_pruning
         except ImportError:
             raise MissingExtraError("torch-pruning", "prune", "mode='shrink' or 'rebuild'") from None
-        self.names = {module: name for name, module in model.named_modules()}
+        self.names: dict[Any, str] = {module: name for name, module in model.named_modules()}
+        # torch-pruning knows a norm that is not torch's own by its parameters.
+        self.names |= {p: name for name, m in model.named_modules() if _normalises(m) for p in m.parameters(recurse=False)}
         self.shared = {module for site in sites(model).values() if len(site.places) > 1 for _, module, _ in site.places}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
@@ -65,15 +82,24 @@ class _Graph:
             try:
                 self.graph.build_dependency(model, inputs, forward_fn=forward, verbose=False)
             except Exception as error:
-                raise RuntimeError(f"torch-pruning cannot trace this model ({type(error).__name__}: {error})") from error
+                where = traceback.extract_tb(error.__traceback__)[-1].name
+                raise RuntimeError(
+                    f"torch-pruning cannot trace this model ({type(error).__name__} in its {where}: {error})"
+                ) from error
 
     def __contains__(self, module: nn.Module) -> bool:
         return module in self.graph.module2node
 
     def group(self, module: nn.Module, indices: Iterable[int]) -> Any:
+        """torch-pruning's group of what hangs on output channels of ``module``."""
         return self.graph.get_pruning_group(module, self.graph.get_pruner_of_module(module).prune_out_channels, list(indices))
 
+    def width(self, module: nn.Module, *, out: bool) -> int:
+        """How many channels a layer gives, or takes."""
+        return int(self.graph.get_out_channels(module) if out else self.graph.get_in_channels(module))
+
     def members(self, group: Any) -> list[_Member]:
+        """Its layers and operations."""
         return [
             _Member(item.dep.target.module, self.graph.is_out_channel_pruning_fn(item.dep.handler), item.idxs, item.root_idxs)
             for item in group
@@ -89,7 +115,8 @@ def shrink(model: nn.Module, channels: Mapping[str, Tensor], inputs: Inputs) -> 
         inputs: what the model takes.
 
     Raises:
-        ValueError: a named channel cannot be cut out.
+        ValueError: a named channel cannot be cut out, or is reordered or mixed with others on its way to the layers that read it
+            (by anything but a norm).
         RuntimeError: torch-pruning cannot trace the model.
         MissingExtraError: torch-pruning is not installed.
     """
@@ -128,8 +155,9 @@ def reset(model: nn.Module) -> None:
 
 def _cut_named(model: nn.Module, channels: Mapping[str, Tensor], inputs: Inputs, kept: dict[str, Tensor]) -> None:
     modules = dict(model.named_modules())
-    before = _outputs(model, inputs)
-    graph = _Graph(model, inputs)
+    names = ", ".join(map(repr, channels))
+    whole, weights = copy_model(model), dict(kept)
+    graph = ChannelGraph(model, inputs)
     # Names that hang together (a convolution and its norm, two summands) mean one cut: collect by the first layer that produces.
     cuts: dict[nn.Module, set[int]] = defaultdict(set)
     for name, index in channels.items():
@@ -148,32 +176,44 @@ def _cut_named(model: nn.Module, channels: Mapping[str, Tensor], inputs: Inputs,
                         home[root] = (member.module, own)
         for module, own in home.values():
             cuts[module].add(own)
-    for module, own_indices in cuts.items():
-        if not _cut(graph, module, sorted(own_indices), kept):
-            raise ValueError(f"channels of {graph.names[module]!r} cannot be cut out: a layer would be left without any")
+    left: _Left = {}
+    try:
+        for module, own_indices in cuts.items():
+            if not _cut(graph, module, sorted(own_indices), kept, left):
+                raise ValueError(f"channels of {graph.names[module]!r} cannot be cut out: a layer would be left without any")
+    except IndexError as error:
+        raise ValueError(f"the channels of {names} cannot be cut out: torch-pruning miscounts channels ({error})") from error
     try:
         after = _outputs(model, inputs)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"the model does not run without the channels of {', '.join(map(repr, channels))}: {error}") from error
-    if [t.shape for t in before] != [t.shape for t in after]:
-        raise ValueError(f"the channels of {', '.join(map(repr, channels))} cannot be cut out: they are outputs of the model")
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ValueError(f"the model does not run without the channels of {names}: {error}") from error
+    if [t.shape for t in _outputs(whole, inputs)] != [t.shape for t in after]:
+        raise ValueError(f"the channels of {names} cannot be cut out: they are outputs of the model")
+    if not _agree(whole, model, inputs, weights, left):
+        raise ValueError(
+            f"the channels of {names} cannot be cut out: the model reorders them or mixes them with others before a layer reads them"
+        )
 
 
 def _without_dead(model: nn.Module, inputs: Inputs, kept: dict[str, Tensor]) -> nn.Module:
     """Cuts dead channels until none is left: without one, a channel that it alone fed may be dead too."""
-    before = _outputs(model, inputs)
     refused: set[str] = set()
     while True:
         alive = sum(int(torch.count_nonzero(mask)) for mask in kept.values())
-        dead = {name: index for name, index in _dead(_Graph(model, inputs), model, inputs, kept).items() if name not in refused}
+        dead = {
+            name: index for name, index in _dead(ChannelGraph(model, inputs), model, inputs, kept).items() if name not in refused
+        }
         if not dead and alive == sum(int(torch.count_nonzero(mask)) for mask in kept.values()):
             return model
-        # All at once; where that does not leave the output as it was, one layer at a time, and those that hurt stay.
+        # All at once; where the rest does not stay as it was, one layer at a time, and those that hurt stay.
         for attempt in ([dead] if len(dead) > 1 else []) + [{name: index} for name, index in dead.items()]:
-            smaller, masks = copy_model(model), dict(kept)
-            graph, modules = _Graph(smaller, inputs), dict(smaller.named_modules())
-            done = [_cut(graph, modules[name], index, masks) for name, index in attempt.items()]
-            if all(done) and _same(before, smaller, inputs):
+            smaller, masks, left = copy_model(model), dict(kept), _Left()
+            graph, modules = ChannelGraph(smaller, inputs), dict(smaller.named_modules())
+            try:
+                done = all(_cut(graph, modules[name], index, masks, left) for name, index in attempt.items())
+            except IndexError:
+                done = False
+            if done and _agree(model, smaller, inputs, kept, left):
                 model = smaller
                 kept.clear()
                 kept.update(masks)
@@ -182,18 +222,18 @@ def _without_dead(model: nn.Module, inputs: Inputs, kept: dict[str, Tensor]) -> 
                 refused |= set(attempt)
 
 
-def _dead(graph: _Graph, model: nn.Module, inputs: Inputs, kept: dict[str, Tensor]) -> dict[str, list[int]]:
+def _dead(graph: ChannelGraph, model: nn.Module, inputs: Inputs, kept: dict[str, Tensor]) -> dict[str, list[int]]:
     """Channels that are zero whatever the input: nothing but masked weights makes them, and whoever reads them reads zero.
 
-    With all weights masked a channel is a constant; norms and activations in between keep it one, so that what one batch
-    shows at the readers holds for every batch. A weight that reads a dead channel is struck out of ``kept``, so that death
-    spreads to the next layer even where the channel itself cannot go.
+    With all weights masked a channel is a constant; norms and activations in between keep it one. What else may come in (the
+    input itself, other channels) is random in the passes that show what the readers read. A weight that reads a dead channel
+    is struck out of ``kept``, so that death spreads to the next layer even where the channel itself cannot go.
     """
-    zero = _zero_inputs(model, inputs)
+    zero = _zero_inputs(model, inputs, kept)
     found: dict[str, list[int]] = {}
     visited: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if module in visited or module not in graph or not isinstance(module, nn.Linear | _ConvNd) or _depthwise(module):
+        if module in visited or module not in graph or not isinstance(module, nn.Linear | _ConvNd) or depthwise(module):
             continue
         width = module.out_features if isinstance(module, nn.Linear) else module.out_channels
         members = graph.members(graph.group(module, range(width)))
@@ -205,15 +245,16 @@ def _dead(graph: _Graph, model: nn.Module, inputs: Inputs, kept: dict[str, Tenso
             if member.produces:
                 alive = kept[graph.names[member.module]].movedim(_axis(member.module, out=True), 0).flatten(1).any(1).tolist()
             elif member.reads:
-                alive = [not z for z in zero.get(member.module, [False] * (1 + max(member.indices)))]
+                alive = [not z for z in zero.get(graph.names[member.module], [False] * (1 + max(member.indices)))]
             else:
                 continue
-            candidates -= {root for own, root in zip(member.indices, member.roots, strict=True) if alive[own]}
+            pairs = zip(member.indices, member.roots, strict=True)
+            candidates -= {root for own, root in pairs if own >= len(alive) or alive[own]}
         for member in members:
             if member.reads and candidates:
                 where = [own for own, root in zip(member.indices, member.roots, strict=True) if root in candidates]
                 reader = graph.names[member.module]
-                index = torch.tensor(where, device=kept[reader].device)
+                index = torch.tensor(where, dtype=torch.int64, device=kept[reader].device)
                 kept[reader] = kept[reader].index_fill(_axis(member.module, out=False), index, False)
         if len(candidates) == width:
             candidates.remove(0)
@@ -222,15 +263,14 @@ def _dead(graph: _Graph, model: nn.Module, inputs: Inputs, kept: dict[str, Tenso
     return found
 
 
-def _obstacle(graph: _Graph, members: list[_Member]) -> str:
+def _obstacle(graph: ChannelGraph, members: list[_Member]) -> str:
     """Why the channels of a group must stay as they are; empty where they may go."""
     for member in members:
-        if isinstance(member.module, _ConvNd) and member.module.groups > 1 and not _depthwise(member.module):
+        if isinstance(member.module, _ConvNd) and member.module.groups > 1 and not depthwise(member.module):
             return f"{graph.names[member.module]!r} is a convolution in {member.module.groups} groups"
         if member.module in graph.shared:
             return f"{graph.names[member.module]!r} shares a parameter with another layer"
-    mixers = (nn.Linear, _ConvNd, nn.RNNBase, nn.MultiheadAttention)
-    if not any(isinstance(member.module, mixers) and not member.out for member in members):
+    if not any(isinstance(member.module, _MIXERS) and not member.out for member in members):
         return "they are outputs of the model"
     if any(type(member.module).__name__ == "_OutputOp" for member in members):
         return "they are outputs of the model"
@@ -244,17 +284,25 @@ def _keeps_constants(member: _Member) -> bool:
     return type(member.module).__module__ == "torch_pruning.ops" and type(member.module).__name__ != "_CustomizedOp"
 
 
-def _cut(graph: _Graph, module: nn.Module, index: list[int], kept: dict[str, Tensor]) -> bool:
-    """Cuts channels of ``module`` and all that hangs on them, also out of the masks; False where a layer would be left empty."""
+def _cut(graph: ChannelGraph, module: nn.Module, index: list[int], kept: dict[str, Tensor], left: _Left) -> bool:
+    """Cuts channels of ``module`` and all that hangs on them, also out of the masks; False where a layer would be left empty.
+
+    Notes in ``left`` which channels every layer still takes and gives.
+    """
     group = graph.group(module, index)
     if not graph.graph.check_pruning_group(group):
         return False
     for member in graph.members(group):
         name = graph.names.get(member.module)
+        if name is None:
+            continue
+        one_sided = isinstance(member.module, nn.Linear | _ConvNd | nn.RNNBase) and not depthwise(member.module)
+        for out in [member.out] if one_sided else [True, False]:
+            stay = torch.ones(graph.width(member.module, out=out), dtype=torch.bool)
+            stay[member.indices] = False
+            left[name, out] = left[name, out][stay] if (name, out) in left else stay.nonzero().flatten()
         if isinstance(member.module, nn.Linear | _ConvNd) and name in kept:
             axis = _axis(member.module, out=member.out)
-            stay = torch.ones(kept[name].shape[axis], dtype=torch.bool)
-            stay[member.indices] = False
             kept[name] = kept[name].index_select(axis, stay.nonzero().flatten().to(kept[name].device))
     group.prune()
     return True
@@ -262,13 +310,20 @@ def _cut(graph: _Graph, module: nn.Module, index: list[int], kept: dict[str, Ten
 
 def _axis(module: nn.Module, *, out: bool) -> int:
     """The axis of a layer's weight that runs over its output or input channels."""
-    if _depthwise(module):
+    if depthwise(module):
         return 0
     return int(out == isinstance(module, _ConvTransposeNd))
 
 
-def _depthwise(module: nn.Module) -> bool:
+def depthwise(module: nn.Module) -> bool:
+    """Whether it is a convolution of every channel by itself."""
     return isinstance(module, _ConvNd) and module.groups > 1 and module.groups == module.in_channels == module.out_channels
+
+
+def _normalises(module: nn.Module) -> bool:
+    """Whether it is a norm, of torch or not, whose statistics run over channels."""
+    named = "norm" in type(module).__name__.lower() and not isinstance(module, _NormBase)
+    return named and next(module.children(), None) is None
 
 
 def _make_permanent(model: nn.Module) -> dict[str, Tensor]:
@@ -287,23 +342,27 @@ def _make_permanent(model: nn.Module) -> dict[str, Tensor]:
     return kept
 
 
-def _zero_inputs(model: nn.Module, inputs: Inputs) -> dict[nn.Module, list[bool]]:
-    """For every layer that mixes channels: which of its input channels are zero throughout."""
-    zero: dict[nn.Module, Tensor] = {}
-
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = cast(Tensor, [*args, *kwargs.values()][0])
-        axis = -1 if isinstance(module, nn.Linear) else given.ndim - 1 - len(cast(_ConvNd, module).kernel_size)
-        quiet = ~given.movedim(axis, 0).flatten(1).any(1)
-        zero[module] = quiet & zero[module] if module in zero else quiet
-
-    hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in model.modules() if isinstance(m, nn.Linear | _ConvNd)]
+def _zero_inputs(model: nn.Module, inputs: Inputs, kept: Mapping[str, Tensor]) -> dict[str, list[bool]]:
+    """For every layer that mixes channels, by name: which of its input channels are zero whatever the input; {} if unknown."""
+    modules = dict(model.named_modules())
+    zero: dict[str, Tensor] = {}
     try:
-        _outputs(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {module: quiet.tolist() for module, quiet in zero.items()}
+        passes = list(_random_passes(model, inputs, kept))
+    except RuntimeError:
+        return {}
+    for seen in passes:
+        for name, tensors in seen.given.items():
+            module = modules[name]
+            if not isinstance(module, nn.Linear | _ConvNd):
+                continue
+            for given in tensors:
+                quiet = ~given.movedim(_channel_axis(module, given), 0).flatten(1).any(1)
+                zero[name] = quiet & zero[name] if name in zero else quiet
+    return {name: quiet.tolist() for name, quiet in zero.items()}
+
+
+def _channel_axis(module: nn.Module, values: Tensor) -> int:
+    return values.ndim - 1 - len(module.kernel_size) if isinstance(module, _ConvNd) else values.ndim - 1
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
@@ -311,17 +370,120 @@ def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
         return _tensors(call(model, inputs))
 
 
-def _same(before: list[Tensor], model: nn.Module, inputs: Inputs) -> bool:
-    """Whether the model still says what it said, up to the rounding of sums that have lost zero terms."""
+# --- the check of a cut ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Pass:
+    """A forward pass: what every layer that mixes channels was given and what it gave, call by call, and the model's outputs."""
+
+    inputs: Inputs
+    given: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    gave: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    outputs: list[Tensor] = field(default_factory=list)
+
+
+def _pass(model: nn.Module, inputs: Inputs, replace: Callable[[str, nn.Module, int, Tensor], Tensor]) -> _Pass:
+    """Runs the model with ``replace(layer's name, layer, number of the call, output)`` for what mixing layers and norms give."""
+    seen = _Pass(inputs)
+
+    def hook(name: str) -> Callable[..., Any]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+            seen.given[name] += [t.clone() for t in given]  # what follows may work in place
+            new = replace(name, module, len(seen.gave[name]), output[0] if isinstance(output, tuple) else output)
+            seen.gave[name].append(new)
+            return (new.clone(), *output[1:]) if isinstance(output, tuple) else new.clone()
+
+        return note
+
+    hooks = [
+        module.register_forward_hook(hook(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if (isinstance(module, _MIXERS) and not depthwise(module)) or _normalises(module)
+    ]
     try:
-        after = _outputs(model, inputs)
-    except (RuntimeError, ValueError):
+        seen.outputs = _outputs(model, inputs)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return seen
+
+
+def _random_passes(model: nn.Module, inputs: Inputs, kept: Mapping[str, Tensor]) -> Iterator[_Pass]:
+    """Passes in which all is random but channels whose weights are all masked: these are what they are.
+
+    The input is not random in the first, nor where the model refuses that.
+
+    Raises:
+        RuntimeError: the model does not run so.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for i, scale in enumerate(_SCALES):
+
+        def noise(like: Tensor, scale: float = scale) -> Tensor:
+            return scale * torch.randn(like.shape, generator=generator).to(like)
+
+        def replace(name: str, module: nn.Module, number: int, output: Tensor, noise: _Noise = noise) -> Tensor:
+            if not isinstance(module, nn.Linear | _ConvNd):
+                return noise(output)
+            alive = kept[name].movedim(_axis(module, out=True), 0).flatten(1).any(1)
+            behind = output.ndim - 1 - _channel_axis(module, output)
+            return torch.where(alive.view(-1, *[1] * behind), noise(output), output)
+
+        for given in [_map(noise, inputs)] * (i > 0) + [inputs]:
+            try:
+                seen = _pass(model, given, replace)
+                break
+            except Exception as error:
+                failure = error
+        else:
+            raise RuntimeError(f"the model does not run on random numbers: {failure}") from failure
+        yield seen
+
+
+def _agree(model: nn.Module, smaller: nn.Module, inputs: Inputs, kept: Mapping[str, Tensor], left: _Left) -> bool:
+    """Whether every layer of the smaller model is given the channels that are left to it as they were, in the same order."""
+    try:
+        for before in _random_passes(model, inputs, kept):
+
+            def replay(name: str, module: nn.Module, number: int, output: Tensor, before: _Pass = before) -> Tensor:
+                return _select(before.gave[name][number], output, left.get((name, True)))
+
+            after = _pass(smaller, before.inputs, replay)
+            pairs = list(zip(before.outputs, after.outputs, strict=True))
+            for name, given in before.given.items():
+                index = left.get((name, False))
+                pairs += [(_select(old, new, index), new) for old, new in zip(given, after.given[name], strict=True)]
+            if not all(_same(old, new) for old, new in pairs):
+                return False
+    except (RuntimeError, ValueError, IndexError, TypeError):
         return False
-    return len(after) == len(before) and all(
-        new.shape == old.shape and bool((new - old).abs().amax() <= torch.finfo(old.dtype).eps ** 0.5 * old.abs().amax())
-        for old, new in zip(before, after, strict=True)
-        if old.is_floating_point() and old.numel()
-    )
+    return True
+
+
+def _select(old: Tensor, new: Tensor, index: Tensor | None) -> Tensor:
+    """The channels ``index`` of ``old``, on the axis on which it is longer than ``new``."""
+    axes = [axis for axis in range(min(old.ndim, new.ndim)) if old.shape[axis] != new.shape[axis]]
+    return old.index_select(axes[0], index.to(old.device)) if axes and index is not None else old
+
+
+def _same(old: Tensor, new: Tensor) -> bool:
+    """Whether two tensors are equal up to rounding."""
+    if old.shape != new.shape or not old.is_floating_point():
+        return old.shape == new.shape
+    rounding = min(64 * torch.finfo(old.dtype).eps, 0.02)
+    highest = float(old.abs().nan_to_num(0.0, 0.0).amax()) if old.numel() else 0.0
+    return torch.allclose(new, old, rtol=rounding, atol=rounding * highest, equal_nan=True)
+
+
+def _map(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
+    """The inputs with ``function`` of every floating-point tensor in them."""
+    if isinstance(inputs, Tensor):
+        return function(inputs) if inputs.is_floating_point() else inputs
+    if isinstance(inputs, Mapping):
+        return {name: _map(function, value) for name, value in inputs.items()}
+    return [_map(function, value) for value in inputs] if isinstance(inputs, list | tuple) else inputs
 
 
 def _tensors(output: Any) -> list[Tensor]:
