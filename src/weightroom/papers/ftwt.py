@@ -51,13 +51,15 @@ PAPER = Paper(
     claim="Masks predicted for every sample save half of the multiply-accumulates and more at about a point of accuracy, more than "
     "static pruning does, and what will be saved can be estimated before training.",
     limits="Masks differ from sample to sample: in a batch every filter is computed and nothing is saved. At a batch of one and a "
-    "quarter of the MACs, four layers of 256 channels take about 0.4 of the time on a CPU and narrower ones 0.7. Gates miss "
-    "their targets: at a large share of the mass they lean to 'on' and save far less than estimated, at a small one to "
-    "'off', and the last layer may be left with a channel or two, at the cost of the accuracy. Digits are too easy to tell "
-    "dynamic masks from one fixed choice of channels, and a small network on them says nothing of ImageNet. The paper's "
-    "code counts the input of a block as masked where a skip connection has filled it again, and counts a depthwise "
-    "convolution as free as soon as one channel is off; counted as they are, the savings of residual networks and of "
-    "MobileNets are smaller than its numbers.",
+    "quarter of the MACs, four layers of 256 channels take about 0.4 of the time on a CPU and narrower ones 0.7. On digits "
+    "(10 seeds) predicted masks beat random ones of the same size by 44 points at half of the channels. Gates miss their "
+    "targets: at r = .9 and .8 they lean to 'on', the accuracy stays, and 11 and 44 % of the MACs go, about 28 and 16 "
+    "points less than estimated; r = .7 saves 72 % and is unstable (accuracies of 36 to 99 %); at r = .5 and at 30 % of the "
+    "channels gates lean to 'off', the last layer may be left with a channel or two, and most of the accuracy goes, where "
+    "one fixed choice of as many channels keeps 98 %. Digits are too easy to tell dynamic masks from one fixed choice of "
+    "channels, and a small network on them says nothing of ImageNet. The paper's code counts the input of a block as masked "
+    "where a skip connection has filled it again, and counts a depthwise convolution as free as soon as one channel is off; "
+    "counted as they are, the savings of residual networks and of MobileNets are smaller than its numbers.",
     methods={"FTWT": PruneMethod(_pruner, seeded=True, unfit=_unfit)},
 )
 
