@@ -62,6 +62,11 @@ def test_the_best_model_of_each_point_is_exported_and_computes_what_was_measured
         torch.testing.assert_close(onnx.onnx_outputs(folder / "model.onnx", x), model(x).detach(), rtol=1e-3, atol=1e-5)
         weights = torch.cat([model[i].weight.flatten() for i in (0, 2)])
         assert float((weights == 0).double().mean()) == pytest.approx(float(setting), abs=0.01)
+    # what has not reached the operating point is no candidate
+    best = json.loads((tmp_path / "out" / "sparsity-0.5" / "model.json").read_text())["arm"]
+    results.frame.loc[results.frame.arm == best, "sparsity"] = 0.4
+    prune.export(results, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "sparsity-0.5" / "model.json").read_text())["arm"] != best
 
 
 def test_export_belongs_to_pruning(tmp_path):

@@ -75,8 +75,12 @@ def test_what_the_family_gets(name):
     torch.manual_seed(0)
     model, x = ResNet(1, 3, blocks=(2, 1), width=4), torch.randn(4, 1, 8, 8)
     pruner = method.make(0.25, **method.defaults, lambda_pol=1.0)
-    assert (pruner.keep, pruner.cost, pruner.lambda_pol) == (0.75, "params", 1.0)
+    assert (pruner.cost, pruner.lambda_pol) == ("params", 1.0)
     wrapped = pruner.wrap(model, x)
+    total = sum(p.numel() for p in model.parameters())
+    assert (1 - pruner.keep) * wrapped.gated_cost == pytest.approx(0.25 * total)
+    with pytest.raises(ValueError, match=r"sparsity 0.99 cannot be reached: the gates control \d+% of the weights"):
+        method.make(0.99, **method.defaults).wrap(model, x)
     assert len(wrapped.units) == (8 if "channels" in name else 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

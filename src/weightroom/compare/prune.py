@@ -33,6 +33,8 @@ __all__ = ["FAMILY", "PruneMethod"]
 
 #: Share of the recipe's epochs that fine-tuning takes.
 FINE_TUNE = 0.4
+#: An exported model has at most this much less sparsity than asked for.
+TOLERANCE = 0.02
 #: Compression 2x, 4x, 8x, 16x and 32x, the operating points of ShrinkBench (Blalock et al. 2020, arXiv 2003.03033).
 SPARSITY = (0.5, 0.75, 0.875, 0.9375, 0.96875)
 
@@ -148,7 +150,9 @@ def _deploy(task: Task, trial: Trial, model: nn.Module, options: Options) -> Non
 
 
 def export(results: Results, folder: Path) -> list[Path]:
-    """Copies the best model of each operating point: of the arm with the best mean, dense aside, the seed that did best.
+    """Copies the best model of each operating point: of the arm with the best mean, the seed that did best.
+
+    The dense network and models that have not reached the operating point (but for ``TOLERANCE``) are left aside.
 
     Args:
         results: of a comparison whose trials have left their models.
@@ -163,7 +167,7 @@ def export(results: Results, folder: Path) -> list[Path]:
     sign = results.direction(study.metric)
     written = []
     for setting in study.settings:
-        rows = done[done.setting == setting]
+        rows = done[(done.setting == setting) & (done.sparsity >= study.settings[setting] - TOLERANCE)]
         if rows.empty:
             continue
         best = (sign * rows.groupby("arm")[study.metric].mean()).idxmax()

@@ -17,6 +17,8 @@ from weightroom.compare.prune import PruneMethod
 from weightroom.nets.small import ResNet
 from weightroom.papers.base import Paper
 from weightroom.prune.base import prunable
+from weightroom.prune.consensus_gates import GatedModel
+from weightroom.prune.plan import Inputs
 from weightroom.study import Arm, Claim, Expect, Recipe, Scale, Study, Task, Trial
 from weightroom.train import Batches
 
@@ -25,8 +27,22 @@ __all__ = ["PAPER", "residual_mlp", "study"]
 Unit = Literal["block", "channel"]
 
 
-def _gates(sparsity: float, **how: Any) -> prune.ConsensusGatePruner:
-    return prune.ConsensusGatePruner(keep=1 - sparsity, cost="params", **how)
+class _AtSparsity(prune.ConsensusGatePruner):
+    """Gates that are to take a share of the whole model's weights, though they control only a part of them."""
+
+    def __init__(self, sparsity: float, **how: Any) -> None:
+        super().__init__(cost="params", **how)
+        self.sparsity = sparsity
+
+    def wrap(self, model: nn.Module, example_inputs: Inputs) -> GatedModel:
+        wrapped = super().wrap(model, example_inputs)
+        total = sum(p.numel() for p in model.parameters())
+        self.keep = 1 - self.sparsity * total / wrapped.gated_cost
+        if self.keep <= 0:
+            raise ValueError(
+                f"sparsity {self.sparsity:g} cannot be reached: the gates control {wrapped.gated_cost / total:.0%} of the weights"
+            )
+        return wrapped
 
 
 def _unfit(unit: Unit, task: Task) -> str | None:
@@ -39,7 +55,7 @@ def _unfit(unit: Unit, task: Task) -> str | None:
 
 def _method(unit: Unit) -> PruneMethod:
     space = {"lambda_pol": (0.5, 5.0, "log"), "lambda_size": (2.0, 20.0, "log")}
-    return PruneMethod(partial(_gates, unit=unit), space=space, start="initial", unfit=partial(_unfit, unit))
+    return PruneMethod(partial(_AtSparsity, unit=unit), space=space, start="initial", unfit=partial(_unfit, unit))
 
 
 PAPER = Paper(
@@ -57,12 +73,15 @@ PAPER = Paper(
     claim="A regulariser that is zero only where all inputs agree on each gate turns a dynamic network into a static one at no cost: 50 % "
     "of the connections go for less than a point of accuracy on CIFAR-10, CIFAR-100 and Tiny ImageNet (abstract); summaries of the last "
     "version speak of 14 to 22 % fewer FLOPs, often within three points. The drop is lower than that of related pruning methods.",
-    limits="No code was published and only abstracts and summaries were at hand: the layout of the gate, the size term with a target, the "
-    "warm-up, the weights of the terms and the recalibration of batch norm are this part's own. The share that is kept is of what the "
-    "gates control; stem, head and blocks with a projection stay whole, so that a comparison at one sparsity shows less removed "
-    "than asked for. With few blocks the size can only be met to the nearest sum of their costs. A channel in front of a layer or "
-    "group norm gets no gate. A gate that looks at the input need not be better than one that does not (a learned constant), and a random "
-    "sub-network of the same size is the null to beat: on small tasks it trains as well.",
+    limits="No code was published and only abstracts and summaries were at hand: the layout of the gate, the size term with a "
+    "target, the warm-up, the weights of the terms and the recalibration of batch norm are this part's own. On digits (10 "
+    "seeds) polarised gates agree and freezing them costs nothing; but without polarisation, where eight gates of ten are "
+    "undecided, freezing costs only a point or two as well, not four. Half of the channels go for .4 points; of half of the "
+    "blocks that is open. A random sub-network of the same size, gates that do not look at the input, Gumbel gates and "
+    "magnitude pruning are all within a point. The share that is kept is of what the gates control; stem, head and blocks "
+    "with a projection stay whole, so that a comparison refuses a sparsity beyond that, and after a short training gates "
+    "may be undecided and less be removed than asked for. With few blocks the size can only be met to the nearest sum of "
+    "their costs. A channel in front of a layer or group norm gets no gate.",
     methods={"consensus blocks": _method("block"), "consensus channels": _method("channel")},
 )
 

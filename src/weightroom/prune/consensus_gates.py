@@ -254,7 +254,8 @@ class ConsensusGatePruner(TrainTimePruner):
 class GatedModel(WrappedModel):
     """A model with gates, see ``ConsensusGatePruner``.
 
-    ``model`` is the copy of the model (its own class, gates attached as hooks), ``gates`` the gates.
+    ``model`` is the copy of the model (its own class, gates attached as hooks), ``gates`` the gates, ``gated_cost`` what all their
+    units cost together.
     """
 
     #: What a gate costs as a share of all, (G,).
@@ -297,7 +298,8 @@ class GatedModel(WrappedModel):
             raise ValueError(f"the gated blocks have no {pruner.cost} to count: give cost='count'")
         if pruner.cost == "count":
             costs = [1.0] * len(costs)
-        share = torch.tensor(costs, dtype=torch.float64) / sum(costs)
+        self.gated_cost = sum(costs)
+        share = torch.tensor(costs, dtype=torch.float64) / self.gated_cost
         self.register_buffer("share", share.to(first.device, torch.promote_types(first.dtype, torch.float32)), persistent=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
