@@ -6,8 +6,6 @@ compares the student's logits with the teacher's and knows neither model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -15,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weightroom.errors import UsageError, check_range, unknown
+from weightroom.metrics import evaluating
 
-__all__ = ["DistillationLoss", "KDObjective", "Reduction", "TeacherObjective", "check_logits", "check_pair", "evaluating", "seen"]
+__all__ = ["DistillationLoss", "KDObjective", "Reduction", "TeacherObjective", "check_logits", "check_pair", "seen"]
 
 Reduction = Literal["batchmean", "sum", "none"]
 
@@ -142,19 +141,6 @@ class KDObjective(TeacherObjective):
     def extra_repr(self) -> str:
         """The weights."""
         return f"ce={self.ce}, kd={self.kd}"
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a module in eval mode; afterwards every part of it is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def check_logits(name: str, value: Tensor) -> Tensor:

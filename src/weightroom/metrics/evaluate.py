@@ -85,18 +85,13 @@ def predict(model: nn.Module, dataset: Dataset, *, batch_size: int = 256) -> tup
 
     The model is put in eval mode for the call; every module's mode is then as it was.
     """
-    modes = [(module, module.training) for module in model.modules()]
     device = device_of(model)
-    model.eval()
-    try:
-        outputs, targets = [], []
+    outputs, targets = [], []
+    with evaluating(model):
         for indices in torch.arange(len(cast(Sized, dataset))).split(batch_size):
             inputs, target, *_ = gather(dataset, indices)
             outputs.append(model(inputs.to(device)))
             targets.append(target.to(device))
-    finally:
-        for module, training in modes:
-            module.training = training
     return torch.cat(outputs), torch.cat(targets)
 
 
