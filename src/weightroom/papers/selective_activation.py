@@ -65,13 +65,16 @@ PAPER = Paper(
     claim="The more a network is pruned, the fewer of its units are silent on some inputs, and what silence is left is no longer of "
     "use: removing also negative weights that have hardly moved lowers it and gains 3 to 4 points on CIFAR-10 and CIFAR-100, 2 to 3 on "
     "ImageNet, over the same pruner alone.",
-    limits="Only the abstract, the first section and the script for ResNet-20 were at hand; the formula of the dead-neuron rate and the "
-    "variants in the last cycles only follow their description. The part leaves norms and layers that no ReLU feeds alone and removes "
-    "exactly as many weights as asked; the script does not. Weight decay moves all weights, so that those that stand still are the "
-    "small ones, which magnitude would remove as well. Taking AP's part only from layers that a ReLU feeds, as the argument asks, uses up "
-    "their negative weights in some dozen cycles; on a narrow network that does far more harm than taking it from all layers, as the "
-    "script does. In the comparison of pruners the method trains a copy of the network once per "
-    "cycle, with Adam, before the training that counts: look at its seconds.",
+    limits="Only the abstract, the first section and the script for ResNet-20 were at hand; the formula of the dead-neuron rate "
+    "and the variants in the last cycles only follow their description. The part leaves norms and layers that no ReLU feeds "
+    "alone and removes exactly as many weights as asked; the script does not. The dynamic rate leaves out units that are "
+    "silent on all inputs, so that it also falls where units die: at 2.3 % of the weights of a wide network by 36 points, "
+    "counted with these by 5. On digits activating gains nothing over the same pruner alone: half a point less on the wide "
+    "network, 22 to 33 on the narrow one. Weight decay moves all weights, so that those that stand still are the small "
+    "ones, which magnitude would remove as well. Taking AP's part only from layers that a ReLU feeds, as the argument asks, "
+    "uses up their negative weights in some dozen cycles; on a narrow network that does far more harm than taking it from "
+    "all layers, as the script does. In the comparison of pruners the method trains a copy of the network once per cycle, "
+    "with Adam, before the training that counts: look at its seconds.",
     methods={
         "global magnitude, rewound": PruneMethod(partial(_Rewound, share=0.0), start="initial"),
         "global magnitude + AP, rewound": PruneMethod(_Rewound, {"share": 0.1}, {"share": (0.02, 0.5)}, start="initial"),
