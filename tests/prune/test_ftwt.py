@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -10,11 +11,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.prune.zoo import make
 from weightroom.nets.small import ConvNet, ResNet
-from weightroom.prune import DynamicConvBlock, DynamicMaskPruner, DynamicModel, MaskPredictor, mass_targets
+from weightroom.prune import DynamicConvBlock, DynamicMaskPruner, DynamicModel, GlobalMagnitudePruner, MaskPredictor, mass_targets
 from weightroom.prune.ftwt import _by_ratio
 
 POSTER = torch.tensor([[5.5, 7.9, 0.3, 8.6, 2.2, 3.1, 0.9]])
@@ -139,6 +141,7 @@ def test_targets_of_a_ratio_drop_the_floor_of_it_and_what_is_silent():
     assert _by_ratio(heat, 0.5).tolist() == [[1, 0, 0, 1, 1], [0, 1, 0, 0, 1]]
     assert _by_ratio(heat, 0.0).tolist() == [[1, 1, 1, 1, 1], [0, 1, 0, 0, 1]]
     assert _by_ratio(heat, 0.99).tolist() == [[0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+    assert _by_ratio(heat, 0.33).sum() == 4 + 2  # 0.33 * 5 is 1.65
     assert _by_ratio(torch.arange(100.0)[None] + 1, 0.29).sum() == 71  # 0.29 * 100 is 28.999999999999996
 
 
@@ -333,10 +336,26 @@ def test_the_mask_loss_is_zero_in_evaluation_and_unknown_before_a_pass():
     assert wrapped.aux_loss().shape == ()
 
 
+@pytest.mark.parametrize("execute", ["mask", "gather"])
+def test_the_mask_loss_needs_a_pass_in_training_mode(execute):
+    _, wrapped, x = build("plain", execute=execute)
+    wrapped.eval()(x)
+    wrapped.train()
+    with pytest.raises(RuntimeError, match="training mode"):
+        wrapped.aux_loss()
+    wrapped(x)
+    assert wrapped.aux_loss() > 0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "how"),
+    [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.Adam, {}), (torch.optim.AdamW, {})],
+    ids=["SGD", "Adam", "AdamW"],
+)
 @pytest.mark.parametrize("mode", ["decoupled", "joint"])
-def test_after_the_cooldown_gates_are_frozen_bit_for_bit(mode):
+def test_after_the_cooldown_gates_are_frozen_bit_for_bit(mode, optimizer, how):
     _, wrapped, x = build("convnet", cooldown=0.5, mode=mode)
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    optimizer = optimizer(wrapped.parameters(), lr=0.1, weight_decay=0.1, **how)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=False)
@@ -360,6 +379,23 @@ def test_after_the_cooldown_gates_are_frozen_bit_for_bit(mode):
     wrapped.advance(0.0)  # another training
     step()
     assert all(not torch.equal(a, b) for a, b in zip(moved, gates(), strict=True))
+
+
+def test_the_cooldown_leaves_gates_frozen_by_hand_alone():
+    _, wrapped, _ = build("convnet", cooldown=0.5)
+    gates = wrapped.param_groups()[1]["params"]
+    gates[0].requires_grad_(False)
+    for progress, trained in ((0.2, True), (0.4, True), (0.6, False), (0.8, False), (0.0, True), (0.7, False), (0.1, True)):
+        wrapped.advance(progress)
+        assert [p.requires_grad for p in gates] == [False] + [trained] * (len(gates) - 1)
+
+
+def test_without_a_time_before_the_cooldown_gates_are_frozen_from_the_start():
+    _, wrapped, x = build("convnet", cooldown=0.0)
+    assert not any(p.requires_grad for p in wrapped.param_groups()[1]["params"])
+    wrapped(x)
+    assert wrapped.aux_loss() == 0
+    assert all(p.requires_grad for p in build("convnet", cooldown=0.1)[1].parameters())
 
 
 def test_parameter_groups():
@@ -463,6 +499,59 @@ def test_skipping_filters_changes_nothing(name, residual):
     assert wrapped.aux_loss() > 0
 
 
+@pytest.mark.parametrize("layers", ["all", "norms"])
+def test_skipping_filters_of_masked_layers(layers):
+    torch.manual_seed(0)
+    model, x = ConvNet(1, 4, (6, 8, 8)), torch.randn(6, 1, 8, 8)
+    if layers == "all":
+        GlobalMagnitudePruner(0.5).fit(model).apply(model)
+    else:
+        for norm in (model[1], model[4], model[8]):
+            torch_prune.random_unstructured(norm, "weight", 0.5)
+    wrapped = DynamicMaskPruner().wrap(model, x)
+    spread(wrapped)
+    with torch.no_grad():
+        for parameter in wrapped.param_groups()[0]["params"]:  # as an optimizer's step does
+            parameter.mul_(1.5)
+    wrapped.eval()
+    wrapped.execute = "gather"
+    skipped = wrapped(x)
+    wrapped.execute = "mask"
+    torch.testing.assert_close(skipped, wrapped(x), rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_of_layers_run_where_filters_are_skipped():
+    _, wrapped, x = build("convnet", execute="gather")
+    block = wrapped.eval().blocks["0"]
+    for layer in (block.conv, block.bn):
+        handle, seen = layer.register_forward_hook(lambda module, args, out: seen.append(out.shape[1])), []  # noqa: B023
+        wrapped(x)
+        assert seen == [6]
+        handle.remove()
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet", "mobile"])
+@pytest.mark.parametrize("share", ["half", "none"])
+def test_skipping_filters_under_autocast(name, share):
+    _, wrapped, x = build(name, residual="after")
+    spread(wrapped)
+    if share == "none":
+        for block in wrapped.blocks.values():
+            force(block, torch.zeros(block.conv.out_channels, dtype=torch.bool))
+    wrapped.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        wrapped.execute = "gather"
+        skipped, one = wrapped(x), wrapped(x[:1])
+        wrapped.execute = "mask"
+        expected = wrapped(x)
+        block = next(iter(wrapped.blocks.values()))
+        for block.execute in ("gather", "mask"):
+            assert block(x).dtype == torch.bfloat16
+    assert skipped.dtype == expected.dtype
+    torch.testing.assert_close(skipped, expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(one, expected[:1], rtol=0.05, atol=0.05)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10_000), groups=st.sampled_from([1, 2, 4]), multiplier=st.integers(1, 2), stride=st.integers(1, 2),
@@ -557,6 +646,22 @@ def test_an_activation_used_elsewhere_is_noticed():
         DynamicMaskPruner(blocks=[("body.0", "body.1", "body.2")]).wrap(Shared(), torch.randn(2, 1, 6, 6))
 
 
+def test_an_operation_in_place_on_the_input_of_a_block_is_named():
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x * 1
+            out = self.conv(h)
+            h.add_(1.0)
+            return out.relu() + h
+
+    with pytest.raises(ValueError, match="in place"):
+        DynamicMaskPruner().wrap(InPlace(), torch.randn(2, 1, 6, 6))
+
+
 def test_a_forward_that_changes_with_the_mode_is_refused():
     class Dropping(nn.Module):
         def __init__(self) -> None:
@@ -583,6 +688,41 @@ def test_logits_and_shared_convolutions_are_not_gated():
     conv = nn.Conv2d(3, 3, 1)
     model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), conv, nn.ReLU(), conv, nn.ReLU(), nn.Conv2d(3, 2, 1))
     assert list(DynamicMaskPruner().wrap(model, torch.randn(1, 1, 4, 4)).blocks) == ["0"]
+
+
+class Tied(nn.Module):
+    """Two convolutions, or two norms, with one weight."""
+
+    def __init__(self, norms: bool) -> None:
+        super().__init__()
+        self.first, self.norm1 = nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4)
+        self.second, self.norm2 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.third, self.norm3 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 2)
+        if norms:
+            self.norm3.weight = self.norm2.weight
+        else:
+            self.third.weight = self.second.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(self.first(x)))
+        h = F.relu(self.norm2(self.second(h)))
+        return self.head(F.relu(self.norm3(self.third(h))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_layers_with_one_weight_are_not_gated(norms):
+    torch.manual_seed(0)
+    model, x = Tied(norms), torch.randn(4, 1, 8, 8)
+    wrapped = DynamicMaskPruner().wrap(model, x)
+    assert list(wrapped.blocks) == ["first"]
+    with wrapped.opened():
+        torch.testing.assert_close(wrapped(x), model(x))
+    assert set(wrapped.static_plan(0.0, [x]).masks) == {"first.weight", "first.bias", "norm1.weight", "norm1.bias"}
+    with pytest.raises(ValueError, match=r"'third'.*third \(shares its weights with another layer\)"):
+        DynamicMaskPruner(blocks=["third"]).wrap(model, x)
+    with pytest.raises(ValueError, match=r"'third'.*shares its weights"):
+        DynamicMaskPruner(blocks=[("third", "norm3", None)]).wrap(model, x)
 
 
 # ---- what the gates do
@@ -650,6 +790,76 @@ def test_the_derived_network_is_plain_and_without_the_channels_never_chosen(name
         DynamicMaskPruner().derive(small, [x])
 
 
+def test_a_channel_chosen_once_stays_in_the_derived_network():
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    x = torch.rand(200, 1, 8, 8)
+    wrapped = DynamicMaskPruner(softmax=False).wrap(plain_cnn(), x[:2])
+    x[0] += 9.0
+    for block in wrapped.blocks.values():
+        force(block, torch.ones(block.conv.out_channels, dtype=torch.bool))
+    with torch.no_grad():
+        linear = wrapped.blocks["0"].gate.linear
+        linear.bias[:2] = torch.tensor([-5.0, -torch.inf])  # the first channel for bright samples alone, the second for none
+        linear.weight[0] = 1.0
+    small, plan = DynamicMaskPruner().derive(wrapped, [x])
+    assert wrapped.report([x]).frequency["0"].tolist() == [0.005, 0, 1, 1, 1, 1]
+    assert plan.masks["0.bias"].tolist() == [True, False, True, True, True, True]
+    assert small[0].out_channels == 5
+
+
+@pytest.mark.parametrize("blocks", ["auto", [("stem.0", "stem.1", "stem.2")]])
+def test_the_derived_network_has_the_dtype_that_the_model_has_now(blocks):
+    pytest.importorskip("torch_pruning")
+    _, wrapped, x = build("mobile", blocks=blocks)
+    for block in wrapped.blocks.values():
+        force(block, torch.arange(block.conv.out_channels) % 4 < 3)
+    wrapped.double()
+    small, plan = DynamicMaskPruner().derive(wrapped, [x.double()])
+    assert plan.example_inputs.dtype == torch.float64
+    assert next(small.parameters()).dtype == torch.float64
+    torch.testing.assert_close(small.eval()(x.double()), wrapped.eval()(x.double()))
+
+
+class Scaled(nn.Module):
+    """Buffers of containers, one of them assigned anew in every pass where ``counting``."""
+
+    def __init__(self, counting: bool) -> None:
+        super().__init__()
+        self.counting = counting
+        self.body = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU())
+        self.register_buffer("scale", torch.ones(()))
+        self.body.register_buffer("shift", torch.zeros(3, 1, 1))
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counting:
+            self.passes = self.passes + 1
+        return self.body(x) * self.scale + self.body.shift
+
+
+@pytest.mark.parametrize("counting", [False, True])
+def test_the_plain_model_has_the_buffers_as_they_are_now(counting):
+    torch.manual_seed(0)
+    x = torch.randn(3, 1, 6, 6)
+    blocks = [("body.0", "body.1", "body.2")] if counting else "auto"
+    wrapped = DynamicMaskPruner(blocks=blocks).wrap(Scaled(counting), x)
+    wrapped.double()
+    state = wrapped.state_dict()
+    wrapped.load_state_dict({k: v + 2 if k.endswith(("scale", "shift")) else v for k, v in state.items()})
+    x = x.double()
+    with wrapped.opened():
+        expected = wrapped.eval()(x)
+    plain = wrapped.plain()
+    assert (plain.scale.item(), plain.scale.dtype) == (3.0, torch.float64)
+    assert plain.body.shift.flatten().tolist() == [2.0] * 3
+    if counting:
+        assert plain.passes == wrapped.network.passes > 0
+    torch.testing.assert_close(plain(x), expected)
+    plain.scale.zero_()
+    assert wrapped.network.scale == 3.0
+
+
 # ---- manners
 
 
@@ -670,6 +880,7 @@ def test_the_model_and_the_random_state_are_left_alone():
         (a is None and b is None) or torch.equal(a, b) for a, b in zip(grads, (p.grad for p in model.parameters()), strict=True)
     )
     assert not wrapped.blocks["stem.0"].bn.training
+    assert [wrapped.blocks[name].gate.training for name in ("stem.0", "stages.0.conv1")] == [False, True]
     assert wrapped.blocks["stages.0.conv1"].bn.training
     assert not wrapped.blocks["stem.0"].conv.weight.requires_grad
 
@@ -704,6 +915,29 @@ def test_copies_and_state_dicts_after_a_step():
     torch.testing.assert_close(other.eval()(x), wrapped(x))
 
 
+@every_model
+def test_the_model_can_be_pickled_and_saved(name):
+    _, wrapped, x = build(name, execute="gather")
+    spread(wrapped)
+    wrapped(x)
+    wrapped.eval()
+    file = io.BytesIO()
+    torch.save(wrapped, file)
+    file.seek(0)
+    for twin in (pickle.loads(pickle.dumps(wrapped)), torch.load(file, weights_only=False)):
+        torch.testing.assert_close(twin(x), wrapped(x))
+        assert torch.equal(twin.macs(), wrapped.macs())
+        shared = {id(p) for p in twin.parameters()}
+        assert all(id(p) in shared for p in twin._plain[0].parameters())
+
+
+def test_a_model_is_wrapped_once():
+    _, wrapped, x = build("plain")
+    for model in (wrapped, nn.Sequential(wrapped)):
+        with pytest.raises(ValueError, match="already wrapped"):
+            DynamicMaskPruner().wrap(model, x)
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -725,5 +959,6 @@ def test_other_arguments_out_of_range_are_named():
     _, wrapped, _ = build("plain")
     with pytest.raises(ValueError, match="execute"):
         wrapped.execute = "skip"
-    with pytest.raises(ValueError, match="progress"):
-        wrapped.advance(-0.1)
+    for progress in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="progress"):
+            wrapped.advance(progress)

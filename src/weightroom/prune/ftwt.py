@@ -156,6 +156,7 @@ class _Pass:
     heat: Tensor | None  # a, (B, C_out); not known where filters were skipped
     given: Tensor | None  # the mask that the input carries, (B, C_in); None: dense
     pixels: int  # H' W'
+    training: bool
 
 
 class DynamicConvBlock(nn.Module):
@@ -213,14 +214,15 @@ class DynamicConvBlock(nn.Module):
         with torch.no_grad():
             mask = (torch.ones_like(logits) if self.open else logits.sigmoid() > 0.5).to(x.dtype)
         given = self._source[0].last.mask if self._source else None
-        if self.execute == "gather" and not self.training and (self.bn is None or self.bn.running_mean is not None):
+        if self.execute == "gather" and not self.training and self._can_skip():
             out, heat = self._gather(x, skip, mask, given), None
         else:
             out = self.conv(x)
             out = self._finish(out if self.bn is None else self.bn(out), skip)
             heat = _heat(out)
-            out = out * mask[:, :, None, None] if out.requires_grad else out.mul_(mask[:, :, None, None])
-        self._last = _Pass(logits, mask, heat, given, out.shape[2] * out.shape[3])
+            chosen = mask[:, :, None, None].to(out.dtype)
+            out = out * chosen if out.requires_grad else out.mul_(chosen)
+        self._last = _Pass(logits, mask, heat, given, out.shape[2] * out.shape[3], self.training)
         return out
 
     @property
@@ -278,19 +280,27 @@ class DynamicConvBlock(nn.Module):
         out = out if skip is None else out + skip
         return out if self.act is None else self.act(out)
 
+    def _can_skip(self) -> bool:
+        """Filters are skipped by reading the layers' weights, which is right only where these need no call to be up to date."""
+        hooked = any(m is not None and (m._forward_pre_hooks or m._forward_hooks) for m in (self.conv, self.bn))
+        return not hooked and (self.bn is None or self.bn.running_mean is not None)
+
     def _gather(self, x: Tensor, skip: Tensor | None, mask: Tensor, given: Tensor | None) -> Tensor:
         """The masked output, of active filters and active inputs only; samples with equal masks together."""
-        out = x.new_zeros(len(x), self.conv.out_channels, *self._size(x))
+        shape = len(x), self.conv.out_channels, *self._size(x)
         if len(x) == 1:
-            return out.index_copy_(1, *self._part(x, skip, mask[0], None if given is None else given[0]))
+            active, part = self._part(x, skip, mask[0], None if given is None else given[0])
+            return part.new_zeros(shape).index_copy_(1, active, part)
         key = mask if given is None else torch.cat([mask, given.to(mask.dtype)], 1)
         kinds, which = key.unique(dim=0, return_inverse=True)
+        out = None
         for kind in range(len(kinds)):
             rows = (which == kind).nonzero().flatten()
             of = lambda tensor: None if tensor is None else tensor[rows]  # noqa: B023, E731
             active, part = self._part(x[rows], of(skip), mask[rows[0]], None if given is None else given[rows[0]])
+            out = part.new_zeros(shape) if out is None else out
             out[rows[:, None], active] = part
-        return out
+        return x.new_zeros(shape) if out is None else out
 
     def _part(self, x: Tensor, skip: Tensor | None, mask: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
         """The active channels of samples that share one mask, and what the block makes of them."""
@@ -320,7 +330,9 @@ class DynamicConvBlock(nn.Module):
             if inputs is not None and len(inputs) < width:
                 x, weight = x.index_select(1, inputs), weight.index_select(1, inputs)
             return convolve(x, weight, bias)
-        out = x.new_zeros(len(x), len(active), *size)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype  # what F.conv2d gives
+        out = x.new_zeros(len(x), len(active), *size, dtype=dtype)
         if groups > 1 and width == 1:
             live = torch.ones_like(active, dtype=torch.bool) if given is None else given.index_select(0, active // count) != 0
             if filters := int(live.sum()):
@@ -336,7 +348,7 @@ class DynamicConvBlock(nn.Module):
                 if len(within) and bool(of_group.any()):
                     weight = conv.weight.index_select(0, active[of_group]).index_select(1, within)
                     out[:, of_group] = convolve(x.index_select(1, within + first), weight)
-        return out if bias is None else out + bias[:, None, None]
+        return out if bias is None else out + bias[:, None, None].to(dtype)
 
     def _size(self, x: Tensor) -> tuple[int, ...]:
         conv = self.conv
@@ -399,11 +411,13 @@ class DynamicModel(WrappedModel):
         self._places, self._norms = dict(places), dict(norms)
         self._example_inputs = example_inputs
         self._cool = False
+        self._trained: list[bool] = []  # which of the gates' parameters were, before the cooldown
         self._frequency: dict[str, Tensor] = {}
         blocks = list(self.blocks.values())
         for before, block in pairwise(blocks):
             block._before = (before,)
         self._ungated, self._others = self._count_rest()
+        self.advance(0.0)
 
     @property
     def forward(self) -> Callable[..., Any]:  # type: ignore[override]
@@ -421,7 +435,8 @@ class DynamicModel(WrappedModel):
 
         "mask" computes every filter and multiplies. "gather" computes only active filters, on active inputs where these carry a
         mask that is known; a batch is split into samples of equal masks, which is one by one where all differ: made for a batch
-        of one, slow for others. A batch norm without running statistics is always computed whole.
+        of one, slow for others. A block is always computed whole where its batch norm has no running statistics, or where its
+        convolution or batch norm has hooks, as the masks of ``torch.nn.utils.prune`` are.
         """
         return next(iter(self.blocks.values())).execute
 
@@ -438,12 +453,14 @@ class DynamicModel(WrappedModel):
         0 in eval mode and after the cooldown.
 
         Raises:
-            RuntimeError: there was no forward pass.
+            RuntimeError: there was no forward pass, or in training mode the last one was in eval mode.
         """
         blocks = self.blocks.values()
         last = [block.last for block in blocks]
         if not self.training or self._cool:
             return last[0].logits.new_zeros(())
+        if any(block.training and not block.last.training for block in blocks):
+            raise RuntimeError("aux_loss needs a forward pass in training mode before it")
         return self.loss_weight * torch.stack([block.mask_loss() for block in blocks]).mean()
 
     def mask_accuracy(self) -> Tensor:
@@ -494,12 +511,27 @@ class DynamicModel(WrappedModel):
         return groups
 
     def advance(self, progress: float) -> None:
-        """From ``progress >= cooldown`` on the mask loss is 0 and the gates are frozen, bit for bit: they have no gradient at all."""
-        check_range("progress", progress, low=0.0)
-        self._cool = progress >= self.cooldown
-        for parameter in self._gate_parameters():
-            parameter.requires_grad_(not self._cool)
-            if self._cool:
+        """From ``progress >= cooldown`` on the mask loss is 0 and the gates are frozen, bit for bit: they have no gradient at all.
+
+        Should ``progress`` fall again, those of them that were trained before are trained on. The state dict does not hold the
+        progress: call this again after loading a checkpoint.
+
+        Args:
+            progress: the share of the training that has passed, in [0, 1].
+
+        Raises:
+            ValueError: ``progress`` is out of its range.
+        """
+        check_range("progress", progress, low=0.0, high=1.0)
+        if (cool := progress >= self.cooldown) == self._cool:
+            return
+        self._cool = cool
+        gates = self._gate_parameters()
+        if cool:
+            self._trained = [parameter.requires_grad for parameter in gates]
+        for parameter, trained in zip(gates, self._trained, strict=True):
+            parameter.requires_grad_(trained and not cool)
+            if cool:
                 parameter.grad = None
 
     @contextmanager
@@ -592,11 +624,18 @@ class DynamicModel(WrappedModel):
         }
         masks = PruningPlan.from_channels(plain, affine).masks
         # Masks alone: where a skip connection fills a channel again, only the filter may go and not the channel.
-        return PruningPlan(masks, model=plain, example_inputs=self._example_inputs)
+        return PruningPlan(masks, model=plain, example_inputs=_as_model(self._example_inputs, self))
 
     def plain(self) -> nn.Module:
-        """A copy of the model without gates, with the weights as they are now."""
-        return copy_model(self._plain[0]).to(device_of(self))
+        """A copy of the model without gates, with the weights and buffers as they are now."""
+        plain = copy_model(self._plain[0]).to(device_of(self))
+        known = dict(plain.named_buffers())
+        # Layers are shared with the network, buffers of containers are its own.
+        for name, buffer in self.network.named_buffers():
+            if name in known:
+                path, _, attribute = name.rpartition(".")
+                setattr(plain.get_submodule(path), attribute, buffer.detach().clone())
+        return plain
 
     def _gate_parameters(self) -> list[nn.Parameter]:
         return [parameter for block in self.blocks.values() for parameter in block.gate.parameters()]
@@ -627,7 +666,8 @@ class DynamicModel(WrappedModel):
             expected, found, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
         ):
             raise ValueError(
-                "with all gates open the wrapped model is not the model: is a norm or activation in blocks= also used elsewhere?"
+                "with all gates open the wrapped model is not the model: is a norm or activation named in blocks= also used "
+                "elsewhere, or does an operation in place change the input of a block?"
             )
         for block in self.blocks.values():
             block._last = None
@@ -659,7 +699,8 @@ class DynamicMaskPruner(TrainTimePruner):
             these of them. For models that torch.fx cannot trace, a list of triples (convolution, batch norm or None, activation
             or None) of names; modules so named must be used there only, and inputs then count as dense.
         loss_weight: the weight of the mask loss, >= 0.
-        cooldown: the share of training after which the mask loss is 0 and the gates are frozen, in [0, 1].
+        cooldown: the share of training after which the mask loss is 0 and the gates are frozen, in [0, 1]; with 0 they are frozen
+            from the start.
         residual: whether a convolution followed by an addition is masked "before" it (what the skip connection brings passes) or
             "after" it and the activation that follows.
         execute: how the masks are put into effect in eval mode; see ``DynamicModel.execute``.
@@ -716,8 +757,10 @@ class DynamicMaskPruner(TrainTimePruner):
 
         Raises:
             ValueError: there is no block to gate (the message lists what was seen), a name in ``blocks`` does not fit, or the
-                model cannot be traced.
+                model cannot be traced or is already wrapped.
         """
+        if any(isinstance(module, DynamicConvBlock) for module in model.modules()):
+            raise ValueError("model is already wrapped")
         plain = copy_model(model)
         inputs = to_device(example_inputs, device_of(model))
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -733,6 +776,10 @@ class DynamicMaskPruner(TrainTimePruner):
 
         It computes those channels for every sample, which the dynamic model does not: its outputs are others, and it saves only
         what no sample needs. What FTWT is about is the dynamic model itself.
+
+        Even where all samples choose alike the two may differ, for the plan removes filters and the gate masks what comes behind
+        them: a channel never chosen keeps what a batch norm without weight and bias makes of a zero, and with
+        ``residual="after"`` what the skip connection brings.
 
         Args:
             wrapped: made by ``wrap``, trained.
@@ -764,6 +811,9 @@ class DynamicMaskPruner(TrainTimePruner):
             found = {name: match for name, match in found.items() if name in names}
         if not found:
             raise ValueError(f"the model has no block to gate; {_list(found, seen)}")
+        for node in graph.nodes:
+            if isinstance(node.type, str):  # a postponed annotation, which the generated code cannot resolve when it is unpickled
+                node.type = None
         network = fx.GraphModule(plain, graph)
         ends = {match.nodes[-1]: name for name, match in found.items()}
         sources = {name: _source(match.x, ends, plain) for name, match in found.items()}
@@ -794,6 +844,7 @@ class DynamicMaskPruner(TrainTimePruner):
         shared = [*leaves, *plain.parameters(), *plain.buffers()]
         network = deepcopy(plain, {id(thing): thing for thing in shared})
         modules, norms = dict(plain.named_modules()), {}
+        owners = _owners(modules)
         for triple in triples:
             if not isinstance(triple, tuple | list) or len(triple) != 3:
                 raise ValueError(f"blocks: a triple (convolution, norm or None, activation or None) is needed, got {triple!r}")
@@ -805,6 +856,8 @@ class DynamicMaskPruner(TrainTimePruner):
                     raise ValueError(f"blocks: {name!r} must be a {kind.__name__} of the model, it is {what}")
             conv, bn, act = triple
             of: Callable[[str | None], Any] = lambda name: None if name is None else modules[name]  # noqa: E731
+            if _tied(owners, of(conv), of(bn)):
+                raise ValueError(f"blocks: {conv!r} cannot be gated, it or its norm shares its weights with another layer")
             block = self._block(of(conv), of(bn), of(act))
             for name, new in ((bn, nn.Identity()), (act, nn.Identity()), (conv, block)):
                 if name is not None:
@@ -876,6 +929,7 @@ def _traced(plain: nn.Module) -> fx.Graph:
 def _find(graph: fx.Graph, modules: dict[str, nn.Module], residual: str) -> tuple[dict[str, _Match], list[str]]:
     """Blocks by the names of their convolutions, and what became of every other convolution."""
     uses = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    owners = _owners(modules)
     found: dict[str, _Match] = {}
     seen: list[str] = []
     taken: set[fx.Node] = set()
@@ -895,6 +949,9 @@ def _find(graph: fx.Graph, modules: dict[str, nn.Module], residual: str) -> tupl
             after = _sole_user(after)
         if uses[name] > 1 or (bn_name is not None and uses[bn_name] > 1):
             seen.append(f"{name} (used more than once)")
+            continue
+        if _tied(owners, module, bn):
+            seen.append(f"{name} (shares its weights with another layer)")
             continue
         readers = list(nodes[-1].users)
         if after is not None and (act := _activation(after, modules)) is not None:
@@ -917,6 +974,15 @@ def _find(graph: fx.Graph, modules: dict[str, nn.Module], residual: str) -> tupl
             continue
         found[name] = _Match(module, bn, bn_name, act, nodes, x, skip)
     return found, seen
+
+
+def _owners(modules: Mapping[str, nn.Module]) -> Counter[int]:
+    """How many modules have each parameter, by its id."""
+    return Counter(id(parameter) for module in modules.values() for parameter in module.parameters(recurse=False))
+
+
+def _tied(owners: Counter[int], *layers: nn.Module | None) -> bool:
+    return any(owners[id(p)] > 1 for layer in layers if layer is not None for p in layer.parameters(recurse=False))
 
 
 def _module(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | None:
@@ -970,6 +1036,16 @@ def _overwrites(user: fx.Node, node: fx.Node) -> bool:
 def _now(node: fx.Node) -> fx.Node:
     """The node that a block has put in this one's place, if any."""
     return node.meta.get("became", node)
+
+
+def _as_model(inputs: Any, model: nn.Module) -> Any:
+    """The inputs on the model's device; tensors of floating point in its dtype."""
+    if isinstance(inputs, Tensor):
+        like = next(model.parameters())
+        return inputs.to(like) if inputs.is_floating_point() else inputs.to(like.device)
+    if isinstance(inputs, Mapping):
+        return {name: _as_model(value, model) for name, value in inputs.items()}
+    return [_as_model(value, model) for value in inputs] if isinstance(inputs, list | tuple) else inputs
 
 
 def _list(found: Mapping[str, Any], seen: Sequence[str]) -> str:
