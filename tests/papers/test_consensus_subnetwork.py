@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from weightroom import tasks
+from weightroom import prune, tasks
 from weightroom.nets.small import ResNet
 from weightroom.papers import consensus_subnetwork as paper
+from weightroom.prune.base import prunable
 from weightroom.study import Arm, Scale, Trial
 
 BLOCKS, CHANNELS = paper.study(Scale.SMOKE)
@@ -34,12 +35,29 @@ def test_every_arm_runs_at_the_size_of_the_consensus(study, tmp_path):
     for name in ("random sub-network, retrained", "found sub-network, retrained"):
         assert results[name]["kept"] == results["polarised"]["kept"] < 1
         assert found[name][1]["trainings"] == 1
-    weights = {results[name]["kept"] for name in ("global magnitude", "LAMP", "ERK", "uniform", "random")}
-    assert len(weights) == 1
     dense, small = found["dense"][1]["parameters"], found["polarised"][1]["parameters"]
     assert small == found["found sub-network, retrained"][1]["parameters"] < dense
     assert len(list(tmp_path.glob("consensus*.safetensors"))) == 1
     assert len(list(tmp_path.glob("dense*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("study", [BLOCKS, CHANNELS], ids=["blocks", "channels"])
+def test_pruners_of_weights_take_what_the_consensus_has_taken(study, monkeypatch):
+    derived, plans = [], []
+    derive, fit = prune.ConsensusGatePruner.derive, prune.PlanPruner.fit
+    monkeypatch.setattr(prune.ConsensusGatePruner, "derive", lambda *args: derived.append(derive(*args)) or derived[-1])
+    monkeypatch.setattr(prune.PlanPruner, "fit", lambda *args, **how: plans.append(fit(*args, **how)) or plans[-1])
+    _, spent = run(study, "polarised")
+    weights = lambda model: sum(site.tensor.numel() for site in prunable(model))  # noqa: E731
+    (small, _), dense = derived[0], paper.residual_mlp()
+    assert spent["parameters"] == sum(p.numel() for p in small.parameters())
+    kept = weights(small) / weights(dense)
+    assert kept < 1
+    for name in ("global magnitude", "LAMP", "ERK", "uniform", "random"):
+        result, _ = run(study, name)
+        assert 1 - plans[-1].sparsity() == pytest.approx(kept, abs=1e-3)
+        assert result["kept"] == pytest.approx(kept)
+    assert len(plans) == 5
 
 
 def test_trials_are_decided_by_the_seed():

@@ -111,6 +111,15 @@ def force(wrapped: nn.Module, opened: Tensor) -> None:
             gate.net[2].bias.copy_(part)
 
 
+def open_for(gate: nn.Module, pooled: Tensor, count: int) -> None:
+    """Makes a gate open for ``count`` of the inputs given."""
+    with torch.no_grad():
+        gate.net[2].weight.fill_(1.0), gate.net[2].bias.fill_(0.0)
+        z = gate.net(pooled).flatten().sort().values
+        assert z.unique().numel() == len(z)
+        gate.net[2].bias.fill_(0.5 - float(z[len(z) - count - 1 : len(z) - count + 1].mean()))
+
+
 def size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -177,7 +186,8 @@ def test_open_gates_change_nothing_bit_for_bit(name, unit):
     force(wrapped, torch.ones(len(wrapped.units)))
     assert torch.equal(wrapped(x), model(x))
     assert wrapped(x).dtype == torch.float64
-    assert wrapped.train().aux_loss().item() == pytest.approx(0, abs=1e-24)  # L_size at t = 1
+    wrapped.train()(x)
+    assert wrapped.aux_loss().item() == pytest.approx(0, abs=1e-24)  # L_size at t = 1
 
 
 @every_unit
@@ -196,6 +206,55 @@ def test_wrap_leaves_everything_as_it_was(unit):
     assert all(p.grad is None for p in model.parameters())
     twice = [ConsensusGatePruner(unit=unit).wrap(model, x).gates.state_dict() for _ in range(2)]
     assert all(torch.equal(value, twice[1][name]) for name, value in twice[0].items())
+
+
+class Stochastic(Block):
+    """Left out at random while training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training and torch.rand(()).item() < 0.5 else super().forward(x)
+
+
+class Noisy(nn.Module):
+    """Draws whenever it runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0 * torch.rand(())
+
+
+@every_unit
+def test_blocks_are_found_in_eval_mode_and_nothing_is_drawn(unit):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Noisy(), *(Stochastic() for _ in range(8)), nn.Linear(8, 2)).train(), torch.randn(4, 8)
+    state = torch.get_rng_state()
+    wrapped = ConsensusGatePruner(unit=unit).wrap(model, x)
+    assert len(wrapped.gates) == 8
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in wrapped.modules())
+    with torch.random.fork_rng():
+        _, first = nn.Linear(16, wrapped.gates[0].units), nn.Linear(8, 16)  # drawn from that state
+    assert torch.equal(wrapped.gates[0].net[0].weight, first.weight)
+
+
+def test_the_batch_norms_of_the_copy_keep_their_statistics():
+    model, x = model_of("basic")
+    wrapped = ConsensusGatePruner().wrap(model.train(), x + 3)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), wrapped.model.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_the_models(training):
+    model, x = model_of("mlp")
+    wrapped = ConsensusGatePruner().wrap(model.train(training), x)
+    assert all(module.training == training for module in wrapped.modules())
+
+
+def test_a_model_with_gates_is_refused():
+    model, x = model_of("mlp")
+    wrapped = ConsensusGatePruner().wrap(model, x)
+    for gated in (wrapped, wrapped.model, nn.Sequential(wrapped)):
+        with pytest.raises(ValueError, match="already wrapped"):
+            ConsensusGatePruner().wrap(gated, x)
 
 
 @pytest.mark.parametrize(
@@ -378,6 +437,20 @@ def test_aux_loss_at_its_edges():
             wrapped.advance(wrong)
 
 
+def test_a_report_is_no_forward_pass_for_aux_loss():
+    model, x = model_of("mlp")
+    wrapped = ConsensusGatePruner().wrap(model, x).train()
+    wrapped(x)
+    wrapped.report([x])
+    with pytest.raises(RuntimeError, match="forward pass"):
+        wrapped.aux_loss()
+    wrapped.eval()(x)
+    with pytest.raises(RuntimeError, match="forward pass"):
+        wrapped.train().aux_loss()
+    wrapped(x)
+    assert wrapped.aux_loss().requires_grad
+
+
 def test_costs():
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -474,6 +547,50 @@ def test_report():
         wrapped.report([])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gates_in_half_precision(dtype):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), Block(), Block(), nn.Linear(8, 4)), torch.randn(5000, 6)
+    pruner = ConsensusGatePruner(unit="channel", cost="params")
+    wrapped = pruner.wrap(model, x[:2])
+    share = wrapped.share
+    wrapped = wrapped.to(dtype)
+    assert torch.equal(wrapped.share, share)  # in full precision
+    report = wrapped.report(x.to(dtype).split(500))
+    assert report.gbar.tolist() == [1.0] * 24
+    assert (report.kept, report.cost) == pytest.approx((1.0, 1.0))
+    small, plan = pruner.derive(wrapped, x.to(dtype).split(500))
+    assert size(small) == size(model)
+    assert plan.sparsity() == 0
+    assert wrapped.double().share.dtype == torch.float64
+    assert wrapped.share.sum().item() == pytest.approx(1, abs=1e-15)
+    assert wrapped.to("meta").share.is_meta
+    assert wrapped.to_empty(device="cpu").share.sum().item() == pytest.approx(1)
+
+
+def test_where_a_gate_is_decided_and_where_it_is_open():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Block(6) for _ in range(8)), nn.Linear(6, 2)).double(), torch.randn(100, 6).double()
+    pruner = ConsensusGatePruner()
+    wrapped = pruner.wrap(model, x)
+    for count, undecided in ((1, 0), (2, 0), (3, 1), (10, 1), (90, 1), (97, 1), (98, 0), (99, 0)):
+        force(wrapped, torch.ones(8))
+        open_for(wrapped.gates[0], x, count)
+        report = wrapped.report([x])
+        assert report.gbar[0] == pytest.approx(count / 100)
+        assert report.undecided == undecided / 8
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            pruner.derive(wrapped, [x])
+        assert len(told) == undecided  # one gate of eight is enough
+    for count, kept in ((50, 7), (51, 8)):  # open for exactly half of the samples: closed
+        open_for(wrapped.gates[0], x, count)
+        assert wrapped.report([x]).kept == kept / 8
+        with pytest.warns(UserWarning, match="12% of the gates are undecided"):
+            small, _ = pruner.derive(wrapped, [x])
+        assert sum(isinstance(layer, Block) for layer in small) == kept
+
+
 @every_model
 @every_unit
 @pytest.mark.parametrize("seed", range(2))
@@ -504,13 +621,114 @@ def test_the_derived_model_is_the_frozen_one(name, unit, seed):
     assert PruningPlan(plan.masks).sparsity() == plan.sparsity() > 0
 
 
+def test_the_constant_that_goes_with_a_block_is_told():
+    model, x = model_of("mlp")
+    pruner = ConsensusGatePruner(unit="channel")
+    wrapped = pruner.wrap(model, x)
+    opened = torch.ones(36)
+    opened[12:24] = 0
+    force(wrapped, opened)
+    with pytest.warns(UserWarning, match=f"1 blocks go, .* constant of up to {model[2].outer.bias.abs().max().item():.3g} "):
+        small, _ = pruner.derive(wrapped, [x])
+    with torch.no_grad():
+        constant = wrapped.model[2].outer.bias.clone()
+        expected = wrapped(x)
+        hidden = small[1](small[0](x))
+        torch.testing.assert_close(small[4](small[3](hidden + constant)), expected)
+        wrapped.model[2].outer.bias.zero_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small, _ = pruner.derive(wrapped, [x])
+    torch.testing.assert_close(small(x), wrapped(x))
+
+
+def test_the_constant_is_that_behind_all_closed_channels():
+    model, x = model_of("bottleneck")
+    pruner = ConsensusGatePruner(unit="channel", blocks=["1"])
+    wrapped = pruner.wrap(model, x)
+    force(wrapped, torch.tensor([0, 0, 0, 0, 0, 0, 1, 0, 1, 1, 0, 1]))  # the second of two layers is open in part
+    seen = []
+    handle = wrapped.model[1].bn3.register_forward_hook(lambda module, args, output: seen.append(output.abs().max().item()))
+    wrapped(x)
+    handle.remove()
+    with pytest.warns(UserWarning, match=f"constant of up to {seen[0]:.3g} "):
+        pruner.derive(wrapped, [x])
+
+
+class Preactivated(nn.Module):
+    """x + conv(relu(x)), where the activation is in place, so that the sum reads relu(x)."""
+
+    def __init__(self, how: str, width: int = 4, after: bool = True) -> None:
+        super().__init__()
+        self.how, self.relu = how, nn.ReLU(inplace=True)
+        self.conv1, self.conv2 = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        self.seq = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1))
+        self.after = nn.Tanh() if after else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "layer":
+            out = self.conv2(self.conv1(self.relu(x))) + x
+        elif self.how == "sequence":
+            out = x + self.seq(x)
+        elif self.how == "function":
+            out = self.conv2(self.conv1(F.relu_(x))) + x
+        elif self.how == "argument":
+            out = self.conv2(self.conv1(F.relu(x, inplace=True))) + x
+        else:
+            out = self.conv2(self.conv1(F.relu(x, True))) + x
+        return out if self.after is None else self.after(out)
+
+
+@pytest.mark.parametrize("inlined", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("how", ["layer", "sequence", "function", "argument", "position"])
+@every_unit
+def test_an_activation_in_place_at_the_start_of_a_branch_stays(how, after, unit, inlined):
+    class Inlined(Preactivated):  # no block that stands alone
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + 0.1) * 2
+
+    torch.manual_seed(0)
+    block = (Inlined if inlined else Preactivated)(how, after=after)
+    model, x = nn.Sequential(nn.Conv2d(1, 4, 1), block, nn.Flatten(), nn.Linear(36, 2)).eval(), torch.randn(5, 1, 3, 3)
+    if unit == "channel":
+        nn.init.zeros_(block.conv2.bias), nn.init.zeros_(block.seq[2].bias)
+    pruner = ConsensusGatePruner(unit=unit)
+    wrapped = pruner.wrap(model, x)
+    torch.testing.assert_close(wrapped(x), model(x))
+    force(wrapped, torch.zeros(len(wrapped.units)))
+    small, plan = pruner.derive(wrapped, [x])
+    torch.testing.assert_close(small(x), wrapped(x))
+    torch.testing.assert_close(plan.apply(copy.deepcopy(model))(x), wrapped(x))
+    assert size(small) < size(model)
+    assert not any(module.training for module in small.modules() if isinstance(module, nn.ReLU | nn.Tanh))
+
+
+@pytest.mark.parametrize("gate", ["ste", "gumbel", "static"])
+def test_gates_learn_where_an_activation_in_place_changes_what_they_see(gate):
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu, self.linear = nn.ReLU(inplace=True), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.relu(x)) + x
+
+    torch.manual_seed(0)
+    wrapped = ConsensusGatePruner(gate=gate).wrap(nn.Sequential(nn.Linear(6, 6), Flat()), x := torch.randn(5, 6)).train()
+    (wrapped(x).square().mean() + wrapped.aux_loss()).backward()
+    assert all(p.grad is not None for p in wrapped.parameters())
+
+
 @every_unit
 def test_all_gates_closed_leaves_stem_and_head(unit):
     model, x = model_of("mlp")
     pruner = ConsensusGatePruner(unit=unit)
     wrapped = pruner.wrap(model, x)
     force(wrapped, torch.zeros(len(wrapped.units)))
-    small, plan = pruner.derive(wrapped, [x])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if unit == "channel" else "error")  # biases go with their channels
+        small, plan = pruner.derive(wrapped, [x])
     assert torch.equal(small(x), model[4](model[0](x)))
     assert [type(m) for m in small] == [nn.Linear, *[nn.Identity] * 3, nn.Linear]
     assert size(small) == size(model[0]) + size(model[4])
@@ -611,8 +829,6 @@ def test_copies_pickles_and_state():
     assert not torch.equal(twin(x), wrapped(x))
     twin.load_state_dict(wrapped.state_dict())
     assert torch.equal(twin(x), wrapped(x))
-    wrapped.float().half()
-    assert wrapped.share.dtype == torch.float16  # as everything else
 
 
 def test_other_inputs_than_one_tensor():
@@ -631,6 +847,60 @@ def test_other_inputs_than_one_tensor():
         force(wrapped, torch.arange(12) % 2)
         small, _ = pruner.derive(wrapped, [(inputs, None)])
         torch.testing.assert_close(small(a, b), wrapped(a, b))
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.block, self.head = nn.BatchNorm1d(6), Block(6), nn.Linear(6, 2)
+
+    def forward(self, a: Tensor, b: Tensor | None = None) -> Tensor:
+        return self.head(self.block(self.norm(a if b is None else a + b)))
+
+
+def test_other_inputs_in_front_of_a_batch_norm():
+    torch.manual_seed(0)
+    a, b = torch.randn(8, 6), torch.randn(8, 6)
+    model, pruner = Normed(), ConsensusGatePruner(unit="channel")
+    for inputs in ((a, b), {"a": a, "b": b}):
+        wrapped = pruner.wrap(model, inputs)
+        force(wrapped, torch.arange(12) % 2)
+        small, _ = pruner.derive(wrapped, [(inputs, None)])
+        torch.testing.assert_close(small.norm.running_mean, (a + b).mean(0))
+
+
+def test_a_loader_that_can_be_read_once():
+    model, x = Normed(), torch.randn(8, 6)
+    pruner = ConsensusGatePruner()
+    with pytest.raises(ValueError, match="loader must be re-iterable"):
+        pruner.derive(pruner.wrap(model, x), iter([x]))
+    with pytest.raises(ValueError, match="loader gave no batch"):
+        pruner.derive(pruner.wrap(model, x), [])
+    model.norm = nn.Identity()
+    small, _ = pruner.derive(pruner.wrap(model, x), iter([x]))  # once is enough
+    torch.testing.assert_close(small(x), model(x))
+
+
+@pytest.mark.parametrize("inputs", [lambda x, i: (x, i), lambda x, i: {"x": x, "i": i}])
+def test_example_inputs_follow_the_model(inputs):
+    class Indexed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.table, self.block, self.head = nn.Linear(6, 6), nn.Embedding(4, 6), Block(6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor, i: Tensor) -> Tensor:
+            return self.head(self.block(self.stem(x) + self.table(i)))
+
+    torch.manual_seed(0)
+    model, pruner = Indexed(), ConsensusGatePruner(unit="channel")
+    x, i = torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])
+    wrapped = pruner.wrap(model, inputs(x, i)).double()
+    force(wrapped, torch.arange(12) % 2)
+    small, plan = pruner.derive(wrapped, [(inputs(x.double(), i), None)])
+    torch.testing.assert_close(small(x.double(), i), wrapped(x.double(), i))
+    assert small.block.inner.out_features == 6
+    assert plan.macs() == 5 * (6 * 6 + 2 * 6 * 6 + 6 * 2)
+    assert x.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -709,3 +979,29 @@ def test_monai_unet_block():
     assert isinstance(small[1], nn.LeakyReLU)
     assert small[0].conv1.conv.out_channels == 2
     torch.testing.assert_close(small(x), train.reestimate_batchnorm(wrapped, [x])(x))
+
+
+class Skipping(nn.Module):
+    """Leaves out its second block where it is told to, as stochastic depth does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+        self.skip = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        return x if self.skip else self.blocks[1](x)
+
+
+def test_gates_of_skipped_blocks_take_no_part():
+    torch.manual_seed(0)
+    pruner = ConsensusGatePruner(keep=0.5, lambda_pol=0.0, lambda_size=1.0, cost="count")
+    wrapped = pruner.wrap(Skipping(), torch.zeros(2, 8))
+    x = torch.randn(4, 8)
+    for skip in (False, True, True):
+        wrapped.model.skip = skip
+        wrapped(x)
+        loss = wrapped.aux_loss()
+        assert loss.item() == 0.25  # all gates that ran are open, and half should be
+        loss.backward()

@@ -78,3 +78,39 @@ def test_what_succeeds_changes_the_statistics_alone(model):
     assert after[0] == before[0]
     changed = {key for key, tensor in after[1].items() if not torch.equal(tensor, before[1][key])}
     assert changed == {f"{layer}.running_{name}" for layer in (1, 3) for name in ("mean", "var")}
+
+
+class Summed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, a, b=0.0, scale=1.0):
+        return self.norm(scale * (a + b))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        lambda a, b: ((a, b), None),
+        lambda a, b: ([a, b, 1.0], None),
+        lambda a, b: ({"a": a, "b": b}, None),
+        lambda a, b: {"scale": 1.0, "b": b, "a": a},
+        lambda a, b: (a + b, None),
+        lambda a, b: a + b,
+    ],
+    ids=["tuple", "list", "dict", "dict alone", "tensor", "tensor alone"],
+)
+def test_inputs_are_a_tensor_or_arguments_or_keywords(batch):
+    a, b = torch.randn(7, 4), torch.randn(7, 4)
+    model = Summed()
+    # Of different sizes: each sample counts once.
+    assert reestimate_batchnorm(model, [batch(a[part], b[part]) for part in (slice(0, 2), slice(2, 7))]) is model
+    torch.testing.assert_close(model.norm.running_mean, (a + b).mean(0))
+
+
+def test_a_batch_without_a_tensor(model):
+    before = situation(model)
+    with pytest.raises(TypeError, match="a batch of str without any"):
+        reestimate_batchnorm(model, ["images"])
+    assert same(model, before)

@@ -21,9 +21,9 @@ import inspect
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, Literal, cast
 
 import torch
@@ -35,7 +35,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from weightroom.errors import check_range, unknown
+from weightroom.errors import UsageError, check_range, unknown
 from weightroom.metrics import copy_model, device_of
 from weightroom.prune.base import prunable
 from weightroom.prune.plan import Inputs, PruningPlan, call, evaluating, sites, to_device
@@ -186,15 +186,19 @@ class ConsensusGatePruner(TrainTimePruner):
 
         Args:
             model: any module with residual blocks.
-            example_inputs: what the model takes, on its device: a tensor, a tuple of arguments or a dict of keywords. It is run
-                once, in eval mode.
+            example_inputs: what the model takes, on its device: a tensor, a tuple of arguments or a dict of keywords. The copy is
+                traced, and run once, in eval mode; it has the modes of the model again when it is returned.
 
         Raises:
-            ValueError: the model has no block that can be gated, or a name in ``blocks`` stands for none.
+            ValueError: the model has no block that can be gated, a name in ``blocks`` stands for none, or the model has gates.
         """
+        if any(_gate_hooks(hooks) for hooks in _hooks(model)):
+            raise ValueError(f"model is already wrapped: {type(model).__name__} has gates")
         copied = copy_model(model)
-        blocks = _find_blocks(copied, self.unit == "channel", self.blocks)
-        blocks, widths, macs = _measure(copied, blocks, example_inputs, self.unit == "channel")
+        gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+        with torch.random.fork_rng(devices=gpus), evaluating(copied):
+            blocks = _find_blocks(copied, self.unit == "channel", self.blocks)
+            blocks, widths, macs = _measure(copied, blocks, example_inputs, self.unit == "channel")
         if not blocks:
             what = "channels inside a residual block" if self.unit == "channel" else "residual blocks"
             where = "" if self.blocks == "auto" else f" in {list(self.blocks)}"
@@ -202,7 +206,7 @@ class ConsensusGatePruner(TrainTimePruner):
                 f"{type(model).__name__} has no {what} that can be gated{where}: "
                 "looked for a branch of layers added to its own input"
             )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=gpus):
             return GatedModel(self, copied, blocks, widths, macs, example_inputs)
 
     @torch.no_grad()
@@ -211,8 +215,9 @@ class ConsensusGatePruner(TrainTimePruner):
 
         A gate that is open for at most half of the samples is closed. A closed block becomes an identity, or what its module
         does after the sum; where the block is no module of its own, its layers become stubs whose output is zero. Closed channels
-        are cut out (torch-pruning); a block without any open channel is closed. At the end the running statistics of batch
-        norms are estimated anew.
+        are cut out (torch-pruning); a block without any open channel is closed, and with it goes the constant that the biases and
+        norms behind those channels still put out: a warning says how large it is. An activation in place at the start of a closed
+        branch stays, as it changes what the shortcut reads. At the end the running statistics of batch norms are estimated anew.
 
         The plan has a mask for every prunable weight and for every other parameter of the gated branches: ``plan.sparsity()`` is
         the share of them that is gone. ``plan.apply(model, "mask")`` on a model with the trained weights computes what the
@@ -225,7 +230,7 @@ class ConsensusGatePruner(TrainTimePruner):
                 there are batch norms.
 
         Raises:
-            ValueError: ``loader`` gives no batch, or a channel cannot be cut out.
+            ValueError: ``loader`` gives no batch, or none when it is read again, or a channel cannot be cut out.
             TypeError: ``wrapped`` is not what ``wrap`` returns.
             MissingExtraError: channels go and torch-pruning is not installed.
         """
@@ -235,17 +240,29 @@ class ConsensusGatePruner(TrainTimePruner):
         if report.undecided > 0.05:
             warnings.warn(
                 f"{report.undecided:.0%} of the gates are undecided: the derived network will differ from the one that was trained",
-                stacklevel=2,
+                stacklevel=3,
             )
+        inputs = _like(wrapped.example_inputs, _first(wrapped.model))
         closed, channels = _verdict(wrapped, report.gbar > 0.5)
-        plan = _plan(wrapped, closed, channels)
+        plan = _plan(wrapped, closed, channels, inputs)
         plain = _without_gates(wrapped.model)
+        if self.unit == "channel" and closed:
+            constant = _constant(wrapped, plain, closed, report.gbar > 0.5, inputs)
+            if constant > 0:
+                warnings.warn(
+                    f"{len(closed)} blocks go, as all their channels are closed; with them goes a constant of up to {constant:.3g} "
+                    "that their biases and norms put out",
+                    stacklevel=3,
+                )
         for block in closed:
             _remove(plain, block)
         cuts = {cut.producer: index for cut, index in channels if len(index)}
         if cuts:
-            plain = PruningPlan({}, channels=cuts).apply(plain, "shrink", example_inputs=wrapped.example_inputs)
-        return reestimate_batchnorm(plain, loader), plan
+            plain = PruningPlan({}, channels=cuts).apply(plain, "shrink", example_inputs=inputs)
+        try:
+            return reestimate_batchnorm(plain, loader), plan
+        except UsageError as error:  # report() has found batches
+            raise UsageError("loader must be re-iterable: it gave no batch when read again") from error
 
     def __repr__(self) -> str:
         return f"ConsensusGatePruner(keep={self.keep:g}, unit={self.unit!r}, cost={self.cost!r}, gate={self.gate!r})"
@@ -273,11 +290,12 @@ class GatedModel(WrappedModel):
         super().__init__()
         self.pruner, self.model, self.blocks, self.example_inputs = pruner, model, tuple(blocks), example_inputs
         self.progress = 1.0
+        self._trains = False  # whether the last forward pass was one of training
         self._polarization = PolarizationLoss()
         self.gates = nn.ModuleList()
         names: list[str] = []
         costs: list[float] = []
-        first = next(p for p in model.parameters() if p.is_floating_point())
+        first = _first(model)
         for block in blocks:
             entry, channel_axis = block.branch[0], widths[block.branch[0]]
             for cut in block.cuts if pruner.unit == "channel" else (None,):
@@ -299,31 +317,53 @@ class GatedModel(WrappedModel):
         if pruner.cost == "count":
             costs = [1.0] * len(costs)
         self.gated_cost = sum(costs)
-        share = torch.tensor(costs, dtype=torch.float64) / self.gated_cost
-        self.register_buffer("share", share.to(first.device, torch.promote_types(first.dtype, torch.float32)), persistent=False)
+        self._shares = [cost / self.gated_cost for cost in costs]
+        self.register_buffer("share", self._share_like(first), persistent=False)
+        self.training = self._polarization.training = model.training
+        self.gates.train(model.training)
+
+    def _share_like(self, tensor: Tensor) -> Tensor:
+        """In the precision of a tensor, but in float32 at least: half precision cannot tell the shares of many gates from 0."""
+        return torch.tensor(self._shares, dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GatedModel:
+        super()._apply(fn, recurse)
+        self.share = self._share_like(self.share)
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes; each gate's decision for each sample remains in ``gates[i].value``."""
+        self._trains = self.training
+        for gate in self.gates:
+            cast(_Gate, gate).value = None
         return self.model(*args, **kwargs)
 
     def aux_loss(self) -> Tensor:
         """The weighted polarisation and size terms of the last forward pass, a scalar; 0 in eval mode and for a single sample.
 
+        Gates of blocks that the pass has skipped (stochastic depth) take no part.
+
         Raises:
-            RuntimeError: there was no forward pass in training mode.
+            RuntimeError: the last forward pass was not in training mode, or there was none.
         """
         if not self.training:
             return self.share.new_zeros(())
-        values = [cast(_Gate, gate).value for gate in self.gates]
-        if any(value is None for value in values):
+        decided = [cast(_Gate, gate).value for gate in self.gates]
+        values = [value for value in decided if value is not None]
+        if not self._trains or not values:
             raise RuntimeError("aux_loss needs a forward pass in training mode before it")
-        gates = torch.cat(cast(list[Tensor], values), 1).to(self.share.dtype)
+        share = self.share
+        if len(values) < len(decided):
+            parts = share.split([cast(int, gate.units) for gate in self.gates])
+            share = torch.cat([part for part, value in zip(parts, decided, strict=True) if value is not None])
+            share = share / share.sum()
+        gates = torch.cat(values, 1).to(share.dtype)
         if len(gates) < 2:
             return self.share.new_zeros(())
         warmup = self.pruner.pol_warmup
         ramp = min(1.0, self.progress / warmup) if warmup else 1.0
         mean = gates.mean(0)
-        size = mean.mean() if self.pruner.size == "mean" else (self.share @ mean - self.pruner.keep).square()
+        size = mean.mean() if self.pruner.size == "mean" else (share @ mean - self.pruner.keep).square()
         return ramp * self.pruner.lambda_pol * self._polarization(gates) + self.pruner.lambda_size * size
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -340,7 +380,7 @@ class GatedModel(WrappedModel):
 
     @torch.no_grad()
     def report(self, loader: Iterable[Any]) -> GateReport:
-        """What the gates do on the data of ``loader``, in eval mode.
+        """What the gates do on the data of ``loader``, in eval mode; ``aux_loss`` needs another forward pass after it.
 
         Args:
             loader: batches, the first entry of each the input; moved to the model's device.
@@ -348,19 +388,21 @@ class GatedModel(WrappedModel):
         Raises:
             ValueError: ``loader`` gives no batch.
         """
-        device, total, samples = device_of(self), torch.zeros_like(self.share), 0
+        device, samples = device_of(self), 0
+        exact = torch.float32 if device.type == "mps" else torch.float64  # counts: half precision ends at 256
+        total = torch.zeros(len(self.units), dtype=exact, device=device)
         with evaluating(self):
             for batch in loader:
                 call(self, to_device(batch[0] if isinstance(batch, list | tuple) else batch, device))
                 gates = torch.cat([cast(Tensor, gate.value) for gate in self.gates], 1)
-                total += gates.sum(0, dtype=total.dtype)
+                total += gates.sum(0, dtype=exact)
                 samples += len(gates)
         if not samples:
             raise ValueError("loader gave no batch")
         gbar = (total / samples).cpu().double()
         low, high = _UNDECIDED
         undecided, opened = ((gbar > low) & (gbar < high)).double(), (gbar > 0.5).double()
-        cost = self.share.cpu().double() @ opened
+        cost = torch.tensor(self._shares, dtype=torch.float64) @ opened
         return GateReport(gbar, float(undecided.mean()), float(opened.mean()), float(cost), self.units)
 
     def gate_report(self, loader: Iterable[Any]) -> GateReport:
@@ -454,7 +496,7 @@ class _Gate(nn.Module):
 def _pool(x: Tensor, axis: int) -> Tensor:
     """The mean over everything but samples and channels."""
     rest = [i for i in range(1, x.ndim) if i != axis % x.ndim]
-    return x.mean(rest) if rest else x
+    return x.mean(rest) if rest else x.clone()  # the branch may change x in place
 
 
 # What is gated: found in the traced forward of each module.
@@ -601,7 +643,9 @@ def _blocks_in(graph: fx.Graph, model: nn.Module, path: str) -> Iterator[_Block]
             tail = nodes[nodes.index(layers[-1]) + 1 :] if layers else []
             if not layers or any(node.target not in _LINEAR for node in tail):
                 continue
-            after = _after(graph, add, x, absolute) if path else None
+            functions = takewhile(lambda node: node.op != "call_module", nodes)
+            in_place = any(_in_place(node) for node in functions)  # the shortcut reads what they leave: they have to stay
+            after = _after(graph, add, x, absolute) if path and not in_place else None
             names = tuple(absolute(node) for node in layers)
             parts = [
                 (absolute(n), model.get_submodule(absolute(n))) if n.op == "call_module" else (None, n.target) for n in nodes
@@ -635,6 +679,12 @@ def _chain(end: fx.Node, start: fx.Node) -> list[fx.Node]:
         nodes.append(node)
         node = node.all_input_nodes[0]
     return nodes[::-1]
+
+
+def _in_place(node: fx.Node) -> bool:
+    """Whether a function changes its argument."""
+    given = (node.kwargs.get("inplace"), *node.args)
+    return node.target in {F.relu_, torch.relu_, "relu_"} or any(value is True for value in given)
 
 
 def _after(graph: fx.Graph, add: fx.Node, x: fx.Node, absolute: Any) -> str | None:
@@ -698,7 +748,7 @@ def _per_channel(layer: nn.Module, width: int) -> bool:
 def _measure(
     model: nn.Module, blocks: list[_Block], example_inputs: Inputs, channels: bool
 ) -> tuple[list[_Block], dict[str, tuple[int, int]], dict[str, int]]:
-    """Runs the model once: which blocks can be gated, the width and channel axis of what each reads, and every layer's MACs."""
+    """Runs a model in eval mode: which blocks can be gated, width and channel axis of what each reads, and every layer's MACs."""
     shapes: dict[str, list[tuple[torch.Size | None, torch.Size | None]]] = {}
     names = {layer for block in blocks for layer in block.branch}
 
@@ -710,7 +760,7 @@ def _measure(
 
     handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     try:
-        with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
             call(model, example_inputs)
     finally:
         for handle in handles:
@@ -778,7 +828,31 @@ def _verdict(wrapped: GatedModel, opened: Tensor) -> tuple[list[_Block], list[tu
     return closed, channels
 
 
-def _plan(wrapped: GatedModel, closed: list[_Block], channels: list[tuple[_Cut, Tensor]]) -> PruningPlan:
+def _constant(wrapped: GatedModel, plain: nn.Module, closed: list[_Block], opened: Tensor, inputs: Inputs) -> float:
+    """The largest value that closed blocks' branches put out with their channels closed; ``plain`` is the model without gates."""
+    cuts = [cut for block in wrapped.blocks for cut in block.cuts]
+    gates = dict(zip(cuts, opened.split([cut.width for cut in cuts]), strict=True))
+    largest = 0.0
+
+    def close(cut: _Cut, x: Tensor) -> Tensor:
+        return (x.movedim(cut.axis, -1) * gates[cut].to(x)).movedim(-1, cut.axis)
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        nonlocal largest
+        largest = max(largest, float(output.abs().max()))
+
+    handles = [plain.get_submodule(block.branch[-1]).register_forward_hook(note) for block in closed]
+    for cut in (cut for block in closed for cut in block.cuts):
+        hook = lambda module, args, cut=cut: (close(cut, args[0]), *args[1:])  # noqa: E731
+        handles.append(plain.get_submodule(cut.consumer).register_forward_pre_hook(hook))
+    with evaluating(plain):
+        call(plain, inputs)
+    for handle in handles:
+        handle.remove()
+    return largest
+
+
+def _plan(wrapped: GatedModel, closed: list[_Block], channels: list[tuple[_Cut, Tensor]], example_inputs: Inputs) -> PruningPlan:
     """Masks of every prunable weight and of what else is in the gated branches."""
     model = wrapped.model
     within = lambda blocks: {  # noqa: E731
@@ -810,17 +884,39 @@ def _plan(wrapped: GatedModel, closed: list[_Block], channels: list[tuple[_Cut, 
         transposed = isinstance(model.get_submodule(cut.consumer), nn.modules.conv._ConvTransposeNd)
         strike(cut.consumer, "weight", index, int(not transposed))
     cuts = {cut.producer: index for cut, index in channels if len(index)}
-    return PruningPlan(masks, channels=cuts, model=model, example_inputs=wrapped.example_inputs)
+    return PruningPlan(masks, channels=cuts, model=model, example_inputs=example_inputs)
 
 
 def _without_gates(model: nn.Module) -> nn.Module:
     """A copy of the gated model, its hooks gone."""
     plain = copy_model(model)
-    for module in plain.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Gate)]:
-                del hooks[key]
+    for hooks in _hooks(plain):
+        for key in _gate_hooks(hooks):
+            del hooks[key]
     return plain
+
+
+def _hooks(model: nn.Module) -> Iterator[dict[int, Any]]:
+    for module in model.modules():
+        yield from (module._forward_hooks, module._forward_pre_hooks)
+
+
+def _gate_hooks(hooks: dict[int, Any]) -> list[int]:
+    return [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Gate)]
+
+
+def _first(model: nn.Module) -> Tensor:
+    """The parameter that says of what device and precision the model is."""
+    return next(p for p in model.parameters() if p.is_floating_point())
+
+
+def _like(inputs: Any, tensor: Tensor) -> Any:
+    """The inputs on the device of a tensor, floating ones in its precision."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(tensor.device, tensor.dtype if inputs.is_floating_point() else None)
+    if isinstance(inputs, Mapping):
+        return {name: _like(value, tensor) for name, value in inputs.items()}
+    return [_like(value, tensor) for value in inputs] if isinstance(inputs, list | tuple) else inputs
 
 
 class _Zero(nn.Module):
@@ -831,12 +927,20 @@ class _Zero(nn.Module):
 
 
 def _remove(model: nn.Module, block: _Block) -> None:
-    """Takes a block's branch out of the model."""
+    """Takes a block's branch out of the model, but for an activation in place at its start: the shortcut reads what it leaves."""
+    start = model.get_submodule(block.branch[0])
+    while isinstance(start, nn.Sequential) and len(start):
+        start = start[0]
+    in_place = [start] if getattr(start, "inplace", False) else []
     if block.after is not None:
         rest = nn.Identity() if not block.after else nn.ReLU() if block.after == "relu" else model.get_submodule(block.after)
-        rest.training = model.get_submodule(block.name).training
+        rest.training = training = model.get_submodule(block.name).training
+        if in_place:
+            rest = nn.Sequential(*in_place, rest)
+            rest.training = training
         model.set_submodule(block.name, rest)
         return
     for layer in block.branch:
-        # The first one too, so that an activation in place never sees the block's input.
-        model.set_submodule(layer, _Zero() if layer in (block.branch[0], block.branch[-1]) else nn.Identity())
+        model.set_submodule(layer, _Zero() if layer == block.branch[-1] else nn.Identity())
+    # No other activation in place may see the block's input.
+    model.set_submodule(block.branch[0], nn.Sequential(*in_place, _Zero()))

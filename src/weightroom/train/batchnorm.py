@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from weightroom.errors import UsageError
@@ -27,11 +27,13 @@ def reestimate_batchnorm(model: Model, loader: Iterable[Any]) -> Model:
 
     Args:
         model: changed in place.
-        loader: batches: tensors (N, ...), or tuples that begin with one; moved to the model's device. N >= 2 where a batch norm
-            sees one value per sample and channel.
+        loader: batches: the inputs, or tuples that begin with them; moved to the model's device. Inputs are a tensor (N, ...) or a
+            dict of keywords; within such a tuple also a tuple of arguments. N >= 2 where a batch norm sees one value per sample
+            and channel.
 
     Raises:
         ValueError: ``loader`` gives no batch.
+        TypeError: a batch has no tensor.
     """
     if not _layers(model):
         return model
@@ -39,9 +41,15 @@ def reestimate_batchnorm(model: Model, loader: Iterable[Any]) -> Model:
     seen = False
     with gathering_statistics(model) as count:
         for batch in loader:
-            inputs = (batch[0] if isinstance(batch, list | tuple) else batch).to(device)
-            count(len(inputs))
-            model(inputs)
+            inputs = _moved(batch[0] if isinstance(batch, list | tuple) else batch, device)
+            first = next(_tensors(inputs), None)
+            if first is None:
+                raise TypeError(f"loader must give tensors, got a batch of {type(batch).__name__} without any")
+            count(len(first))
+            if isinstance(inputs, dict):
+                model(**inputs)
+            else:
+                model(*inputs if isinstance(inputs, list) else (inputs,))
             seen = True
     if not seen:
         raise UsageError("loader gave no batch")
@@ -91,3 +99,20 @@ def gathering_statistics(*models: nn.Module) -> Iterator[Callable[[int], None]]:
 
 def _layers(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
+
+
+def _moved(inputs: Any, device: torch.device) -> Any:
+    """With the tensors among them on the device; a mapping as a dict, a sequence as a list."""
+    if isinstance(inputs, Mapping):
+        return {name: _moved(value, device) for name, value in inputs.items()}
+    if isinstance(inputs, list | tuple):
+        return [_moved(value, device) for value in inputs]
+    return inputs.to(device) if isinstance(inputs, Tensor) else inputs
+
+
+def _tensors(inputs: Any) -> Iterator[Tensor]:
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, dict | list):
+        for value in inputs.values() if isinstance(inputs, dict) else inputs:
+            yield from _tensors(value)
