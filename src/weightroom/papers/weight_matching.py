@@ -94,13 +94,15 @@ PAPER = Paper(
     claim="Weight matching removes the barrier between two networks though it shortens their distance little: it aligns the singular "
     "vectors of large singular values. A straight-through search with data removes the barrier without aligning them, and is "
     "worse when three or more networks are to be merged.",
-    limits="No code came with the paper; the searches are those of Git Re-Basin (the repository named here), whose released "
-    "straight-through search returns the permutation of the last step, against its intention: a reference to the best one is "
-    "overwritten. It also starts at the first model, so that its first permutation is that of weight matching; ours starts at the "
-    "second model unless told otherwise. In a small network the distance falls by more than the paper's 6 to 20 % (by about 30 % at "
-    "width 64, and less the wider it is), and the straight-through search aligns the singular vectors in part, where the paper finds "
-    "that it does not. Networks with batch norm need their statistics re-estimated after merging. Grouped convolutions, attention "
-    "and concatenated channels are not traced; their specification can be written by hand where it exists.",
+    limits="On perceptrons for photographs (CIFAR-10, 5,000 images) matching takes away 62 % of the barrier, not 80, and what it "
+    "does for narrow residual networks there is open. No code came with the paper; the searches are those of Git Re-Basin "
+    "(the repository named here), whose released straight-through search returns the permutation of the last step, against "
+    "its intention: a reference to the best one is overwritten. It also starts at the first model, so that its first "
+    "permutation is that of weight matching; ours starts at the second model unless told otherwise. In a small network the "
+    "distance falls by more than the paper's 6 to 20 % (by about 30 % at width 64, and less the wider it is), and the "
+    "straight-through search aligns the singular vectors in part, where the paper finds that it does not. Networks with "
+    "batch norm need their statistics re-estimated after merging. Grouped convolutions, attention and concatenated channels "
+    "are not traced; their specification can be written by hand where it exists.",
     methods={
         "weight matching": Method(_to_the_first, cites=(_REBASIN,)),
         "weight matching to the mean": Method(_to_the_mean, cites=(_REBASIN,)),
