@@ -44,9 +44,11 @@ PAPER = Paper(
     "leaves a lower accuracy than theirs; no layer dies there, so that the limit per layer makes no difference. In rounds "
     "with training in between the accuracy right after the last cut was ten to thirty points above that of the others on "
     "average, but so different from start to start that ten of them do not decide it; the training that follows levels most "
-    "of it. Noise serves as well as inputs where these are scaled to variance 1. The part follows the paper; the authors' "
-    "code leaves out a term of the second smallest layer, reads its table one weight off and so removes slightly less than "
-    "asked for, and lets whole layers go. The form that removes input channels is not here.",
+    "of it. On a small ResNet for photographs (three seeds) the cut at 70 % leaves on average five points more than LAMP, "
+    "ERK and global magnitude, which three seeds do not decide. Noise serves as well as inputs where these are scaled to "
+    "variance 1. The part follows the paper; the authors' code leaves out a term of the second smallest layer, reads its "
+    "table one weight off and so removes slightly less than asked for, and lets whole layers go. The form that removes "
+    "input channels is not here.",
     methods={
         "RD": Method(
             prune.RDPruner,
