@@ -24,7 +24,7 @@ SETTINGS = {
     "dimap": [["0.5", "0.7", "0.8"], ["0.55", "0.8"]],
     "global-magnitude": [["0.9", "0.95"]],
     "joint-layerwise": [["0.7", "0.95"]],
-    "precropping": [["0.2", "0.08"]],
+    "precropping": [["0.2"]],
     "weight-matching": [[""], [""]],
 }
 

@@ -261,7 +261,7 @@ def study(scale: Scale) -> Study:
         lambda: tasks.cifar10(blocks=(3, 3, 3), epochs=160),
         _small_resnet,
     )()
-    shares = scale.pick((0.2,), (0.2, 0.08, 0.03), (0.5, 0.25, 0.125, 0.0625), (0.2, 0.08))
+    shares = scale.pick((0.2,), (0.2, 0.08, 0.03), (0.5, 0.25, 0.125, 0.0625), (0.2,))
     arms = {"dense": _dense(task)}
     arms |= {name: _masked(task, plan, trained=False) for name, plan in _INITIAL.items()}
     arms |= {name: _cropped(task, how, cites=(PAPER,) if name != _WIDTH else ()) for name, how in _CROPS.items()}
