@@ -57,9 +57,10 @@ PAPER = Paper(
     "also removes small weights of layers that the closed form leaves whole. Cropping is nearly free at 20 % and costs "
     "sixteen points at 3 %: it leaves layers of three to five channels; one share of all widths is better there, and so is "
     "the geometric programme, which is worse at larger budgets. Only crops make an epoch shorter, and they reach their "
-    "share of the FLOPs only with widths that are multiples of the kernels' block (round_to). At equal density a crop also "
-    "has fewer norms and biases than a mask. No code was published: what happens at residual additions, the rounding and "
-    "the scaling to the exact budget are this part's own.",
+    "share of the FLOPs only with widths that are multiples of the kernels' block (round_to). On a small ResNet for "
+    "photographs the closed form is as far as 0.65 from SynFlow's densities already at 20 %; three seeds decide nothing "
+    "else there. At equal density a crop also has fewer norms and biases than a mask. No code was published: what happens "
+    "at residual additions, the rounding and the scaling to the exact budget are this part's own.",
     methods={
         "SynFlow": PruneMethod(prune.SynFlowPruner, start="initial"),
         "PreCrop": PruneMethod(_Crop, {"rule": "sqrt"}, start="initial", mode="rebuild"),
