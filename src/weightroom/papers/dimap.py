@@ -51,13 +51,13 @@ PAPER = Paper(
     limits="On digits (10 seeds) it beats random pruning and, in the mean, uniform magnitude right after the cut (13 points at 70 "
     "%, -3 to 30: open); against LAMP over all layers, ERK and one threshold for all it does not gain: at 80 % after "
     "fine-tuning these are 1 to 3 points above it, and a random mask trained from the start 5. It also saves 8 points less "
-    "of the multiply-accumulates than uniform pruning. The score is that of LAMP, as the paper's own reference to it says; "
-    "what is new is the grouping, and its gain in the paper (0.1 to 0.3 points) is smaller than a small study can show. "
-    "There is no published code, and the text does not say how the budget is split: the same share of each module is what "
-    "the parameter table fits. The paper's FLOPs fall in proportion to the weights, as they would if every layer lost the "
-    "same share; here they are counted from the masks. Embedding, merging, head and norms stay dense, so that in a "
-    "comparison a sparsity is a share of the blocks' matrices only, while other methods count all weights. Queries, keys "
-    "and values stored apart are scored as the one layer that the paper has.",
+    "of the multiply-accumulates than uniform pruning. On photographs three seeds decide nothing else. The score is that of "
+    "LAMP, as the paper's own reference to it says; what is new is the grouping, and its gain in the paper (0.1 to 0.3 "
+    "points) is smaller than a small study can show. There is no published code, and the text does not say how the budget "
+    "is split: the same share of each module is what the parameter table fits. The paper's FLOPs fall in proportion to the "
+    "weights, as they would if every layer lost the same share; here they are counted from the masks. Embedding, merging, "
+    "head and norms stay dense, so that in a comparison a sparsity is a share of the blocks' matrices only, while other "
+    "methods count all weights. Queries, keys and values stored apart are scored as the one layer that the paper has.",
     methods={"DIMAP": PruneMethod(prune.DIMAPPruner, unfit=_unfit)},
 )
 
