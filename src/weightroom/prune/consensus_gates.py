@@ -21,7 +21,7 @@ import inspect
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from typing import Any, Literal, cast
@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from weightroom.errors import UsageError, check_range, unknown
 from weightroom.metrics import copy_model, device_of
 from weightroom.prune.base import prunable
-from weightroom.prune.plan import Inputs, PruningPlan, call, evaluating, sites, to_device
+from weightroom.prune.plan import Inputs, PruningPlan, call, evaluating, like, sites, to_device
 from weightroom.prune.wrapped import TrainTimePruner, WrappedModel
 from weightroom.train import reestimate_batchnorm
 
@@ -242,7 +242,7 @@ class ConsensusGatePruner(TrainTimePruner):
                 f"{report.undecided:.0%} of the gates are undecided: the derived network will differ from the one that was trained",
                 stacklevel=3,
             )
-        inputs = _like(wrapped.example_inputs, _first(wrapped.model))
+        inputs = like(wrapped.example_inputs, _first(wrapped.model))
         closed, channels = _verdict(wrapped, report.gbar > 0.5)
         plan = _plan(wrapped, closed, channels, inputs)
         plain = _without_gates(wrapped.model)
@@ -908,15 +908,6 @@ def _gate_hooks(hooks: dict[int, Any]) -> list[int]:
 def _first(model: nn.Module) -> Tensor:
     """The parameter that says of what device and precision the model is."""
     return next(p for p in model.parameters() if p.is_floating_point())
-
-
-def _like(inputs: Any, tensor: Tensor) -> Any:
-    """The inputs on the device of a tensor, floating ones in its precision."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(tensor.device, tensor.dtype if inputs.is_floating_point() else None)
-    if isinstance(inputs, Mapping):
-        return {name: _like(value, tensor) for name, value in inputs.items()}
-    return [_like(value, tensor) for value in inputs] if isinstance(inputs, list | tuple) else inputs
 
 
 class _Zero(nn.Module):

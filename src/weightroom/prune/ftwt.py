@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from weightroom.errors import check_range, unknown
 from weightroom.metrics import copy_model, device_of
 from weightroom.prune.conv_blocks import find_blocks, listed, mask_source, now, owners_of, tied, traced
-from weightroom.prune.plan import Inputs, PruningPlan, call, evaluating, to_device
+from weightroom.prune.plan import Inputs, PruningPlan, call, evaluating, like, to_device
 from weightroom.prune.wrapped import TrainTimePruner, WrappedModel
 
 __all__ = ["DynamicConvBlock", "DynamicMaskPruner", "DynamicModel", "MaskPredictor", "MaskReport", "mass_targets"]
@@ -623,7 +623,7 @@ class DynamicModel(WrappedModel):
         }
         masks = PruningPlan.from_channels(plain, affine).masks
         # Masks alone: where a skip connection fills a channel again, only the filter may go and not the channel.
-        return PruningPlan(masks, model=plain, example_inputs=_as_model(self._example_inputs, self))
+        return PruningPlan(masks, model=plain, example_inputs=like(self._example_inputs, next(self.parameters())))
 
     def plain(self) -> nn.Module:
         """A copy of the model without gates, with the weights and buffers as they are now."""
@@ -872,13 +872,3 @@ def _check_targets(mass: float, mode: str, target: str) -> None:
     if mode not in ("decoupled", "joint"):
         raise unknown("mode", mode, ("decoupled", "joint"))
     check_range("mass", mass, low=0.0, high=1.0, open_low=target == "mass", open_high=target == "ratio")
-
-
-def _as_model(inputs: Any, model: nn.Module) -> Any:
-    """The inputs on the model's device; tensors of floating point in its dtype."""
-    if isinstance(inputs, Tensor):
-        like = next(model.parameters())
-        return inputs.to(like) if inputs.is_floating_point() else inputs.to(like.device)
-    if isinstance(inputs, Mapping):
-        return {name: _as_model(value, model) for name, value in inputs.items()}
-    return [_as_model(value, model) for value in inputs] if isinstance(inputs, list | tuple) else inputs

@@ -30,7 +30,7 @@ from weightroom.errors import unknown
 from weightroom.metrics import copy_model, evaluating
 from weightroom.metrics.evaluate import _mask_hooks
 
-__all__ = ["Inputs", "LayerSparsity", "PruningPlan", "Site", "call", "evaluating", "sites"]
+__all__ = ["Inputs", "LayerSparsity", "PruningPlan", "Site", "call", "evaluating", "like", "sites"]
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -400,6 +400,15 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     if isinstance(inputs, Mapping):
         return {name: to_device(value, device) for name, value in inputs.items()}
     return [to_device(value, device) for value in inputs] if isinstance(inputs, list | tuple) else inputs
+
+
+def like(inputs: Any, tensor: Tensor) -> Any:
+    """The inputs on the device of a tensor, those of floating point in its dtype."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(tensor.device, tensor.dtype if inputs.is_floating_point() else None)
+    if isinstance(inputs, Mapping):
+        return {name: like(value, tensor) for name, value in inputs.items()}
+    return [like(value, tensor) for value in inputs] if isinstance(inputs, list | tuple) else inputs
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
